@@ -197,7 +197,8 @@ def settings_text() -> str:  # The text of a settings.ini with every key comment
         lines = [f"[{name}]", f"# {section.__doc__}."]
         for row in key_rows(section):
             bound = f" Must be {row['must_be']}." if row["must_be"] else ""
-            value = row["default"] if row["default"] not in (None, ()) else ""
+            value = "" if row["default"] in (None, ()) else str(row["default"])
+            value = value.lower() if isinstance(row["default"], bool) else value
             lines += ["", f"# {row['meaning']}{bound}", f"#{row['key']} = {value}".rstrip()]
         blocks.append("\n".join(lines) + "\n")
     return "\n".join(blocks)
