@@ -22,7 +22,7 @@ def utc_text(
 ) -> str:  # "2026-01-06T09:00:00.000000123Z"; the fraction is left out when it is zero
     "Write a time as ISO 8601 text"
     seconds, fraction = divmod(int(ns), NS_PER_S)
-    text = datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+    text = datetime.fromtimestamp(seconds, UTC).isoformat()[:19]
     return f"{text}.{fraction:09d}Z" if fraction else f"{text}Z"
 
 # %% ../../nbs/base/04_clock.ipynb #e5e2e16a
