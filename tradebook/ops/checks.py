@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['Check', 'check_money', 'check_edge', 'check_parity', 'check_coverage', 'check_model', 'check_staleness', 'Verdict',
-           'verdict', 'verdict_html', 'tiles_html']
+           'verdict', 'limits', 'verdict_html', 'tiles_html', 'causes_html']
 
 # %% ../../nbs/ops/08_checks.ipynb #0bfe2d6c
 import html
 from typing import NamedTuple
 
 import numpy as np
+
+from .funnel import RankedCause
 
 # %% ../../nbs/ops/08_checks.ipynb #89831654
 class Check(NamedTuple):
@@ -144,6 +146,41 @@ def verdict(
     )
     return Verdict(status, headline, detail)
 
+# %% ../../nbs/ops/08_checks.ipynb #75b08162
+def _span(seconds: float) -> str:
+    "Write a length of time as a person would"
+    for unit, size in (("days", 86_400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+# %% ../../nbs/ops/08_checks.ipynb #1ad090e2
+def limits(
+    duration_s: float,  # Length of the sample
+    results_bps: np.ndarray,  # Net result of each trade, bps
+    n_trials: int = 1,  # Variants that were tried on this very sample
+    min_trades: int = 30,  # Fewest trades for a claim
+) -> list[str]:  # Sentences
+    "Say what a sample can and cannot show"
+    n, said = len(results_bps), []
+    if duration_s < 3600:
+        text = "It shows that every part works on this market, and nothing about profit."
+        said.append(f"The sample is {_span(duration_s)} long. {text}")
+    elif duration_s < 7 * 86_400:
+        text = "It covers few kinds of market, and says nothing about other days."
+        said.append(f"The sample is {_span(duration_s)} long. {text}")
+    if n < min_trades:
+        said.append(f"{n} trades: below {min_trades}, no edge is claimed whatever they earned.")
+    else:
+        least = 1.96 * float(np.std(results_bps, ddof=1)) / n**0.5
+        text = (
+            f"A mean result smaller than about {least:.2f} bps a trade would not be told from zero"
+        )
+        said.append(f"{text} with these {n:,} trades.")
+    many = "the best of several looks better than it is" if n_trials > 1 else "nothing was selected"
+    said.append(f"Number of trials on this sample: {n_trials} ({many}).")
+    return said
+
 # %% ../../nbs/ops/08_checks.ipynb #9cd3f9cf
 _WORDS = {"pass": "pass", "warn": "warn", "fail": "fail", "note": "not measured"}
 
@@ -170,3 +207,22 @@ def tiles_html(
         rest = f'<div class="value">{value}</div><div class="bound">{bound}</div>'
         tiles.append(f'<div class="tile {c.status}">{top}{rest}</div>')
     return f'<div class="tiles">{"".join(tiles)}</div>'
+
+# %% ../../nbs/ops/08_checks.ipynb #dc7e78b5
+def causes_html(
+    causes: list[RankedCause],  # As from `ranked_causes`
+    n_max: int = 6,  # Most to list
+) -> str:  # A table
+    "Show the ranked causes"
+    rows = []
+    for c in causes[:n_max]:
+        meaning, remedy = html.escape(c.meaning), html.escape(c.remedy)
+        todo = f'<div class="remedy">→ {remedy}</div>' if remedy else ""
+        share = "< 0.1 %" if c.share < 0.001 else f"{100 * c.share:.1f} %"
+        count = f'<td class="number"><b>{c.count:,}</b><div class="remedy">{share}</div></td>'
+        rows.append(f"<tr>{count}<td><b>{html.escape(c.cause)}</b> {meaning}{todo}</td></tr>")
+    rest = len(causes) - n_max
+    more = f", the first {n_max} of {len(causes)}" if rest > 0 else ""
+    head = f"<caption>How decisions ended{more}</caption>"
+    body = "".join(rows)
+    return f'<div class="scroll"><table class="causes">{head}<tbody>{body}</tbody></table></div>'

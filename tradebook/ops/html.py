@@ -173,6 +173,7 @@ padding:6px 8px;vertical-align:bottom}
 td{padding:5px 8px;border-bottom:1px solid var(--line);vertical-align:top}
 tr:last-child td{border-bottom:0}tbody tr:hover{background:#f7f9fb}
 .number{text-align:right;white-space:nowrap}
+.remedy{color:var(--muted);font-size:12.5px;font-weight:400}.causes{font-size:13px}
 img{max-width:100%}
 .failure{background:#fdf1f0;border:1px solid #efc4c1;border-left:6px solid var(--fail);
 border-radius:8px;padding:12px 16px}
