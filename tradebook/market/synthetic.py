@@ -31,7 +31,7 @@ from .instruments import Instrument, instrument
 
 # %% ../../nbs/market/10_synthetic.ipynb #d765959b
 PRESSURE_HALF_LIFE_S = 25.0
-DRIFT_BPS_PER_S = 0.343  # Push on the fair value by a pressure of one, at strength one
+DRIFT_BPS_PER_S = 0.344  # Push on the fair value by a pressure of one, at strength one
 DIFFUSION_BPS = 5 / math.sqrt(30)  # What nobody can know, per square root of a second
 HEAT_HALF_LIFE_S = 300.0  # Calm and busy times last minutes
 HEAT = 0.5  # Size of the swings of log heat
