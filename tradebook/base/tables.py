@@ -7,6 +7,8 @@ __all__ = ['METADATA', 'RUNS', 'DECISIONS', 'ORDERS', 'ORDER_EVENTS', 'FILLS', '
            'BUSY_TIMEOUT_S', 'statements', 'open_tables']
 
 # %% ../../nbs/base/05_tables.ipynb #2f51b6f7
+import sqlite3
+import time
 from pathlib import Path
 
 from sqlalchemy import (
@@ -160,19 +162,26 @@ def _postgresql_guards(table: Table) -> list[str]:
         f"{head} {name}_no_truncate BEFORE TRUNCATE ON {name} FOR EACH STATEMENT {refuse}",
     ]
 
-# %% ../../nbs/base/05_tables.ipynb #19a4e3d7
+# %% ../../nbs/base/05_tables.ipynb #fd781418
 BUSY_TIMEOUT_S = 30
 
 
 def _prepare_sqlite(connection, _record):
     "Set the switches of a fresh SQLite connection"
-    cursor = connection.cursor()
+    cursor, deadline = connection.cursor(), time.monotonic() + BUSY_TIMEOUT_S
     cursor.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_S * 1000}")
-    cursor.execute("PRAGMA journal_mode = WAL")
+    while True:
+        try:
+            cursor.execute("PRAGMA journal_mode = WAL")
+            break
+        except sqlite3.OperationalError:  # somebody else is switching; SQLite does not wait here
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
     cursor.execute("PRAGMA synchronous = FULL")
     cursor.close()
 
-
+# %% ../../nbs/base/05_tables.ipynb #19a4e3d7
 def _connect(place: str | Path) -> Engine:
     "Make an engine from a path or an address"
     if "://" not in str(place):
