@@ -1,6 +1,7 @@
 """The journal: nothing lost, nothing rewritten, nothing secret, also with several processes and a sudden end."""
 
 import math
+import multiprocessing
 import shutil
 import signal
 import sqlite3
@@ -16,7 +17,8 @@ from sqlalchemy.dialects import postgresql
 from tradebook.base import tables
 from tradebook.base.causes import Cause
 from tradebook.base.errors import DataError, SettingsError
-from tradebook.base.journal import Journal, as_json, plain
+from tradebook.base.journal import Journal
+from tradebook.base.rows import as_json, plain
 from tradebook.base.settings import load_settings
 
 HUSH = "s3cr3t-do-not-store"
@@ -141,6 +143,32 @@ def test_processes_that_write_at_once_lose_nothing(tmp_path):
                 len(journal.orders(run["run_id"])) == len(journal.order_events(run["run_id"])) == n
             )
             assert journal.positions(run["run_id"]) == {run["note"]: {"n": n - 1}}
+
+
+def open_and_write(folder, together, failed):
+    "Open one new journal after another, at the same moment as the others"
+    for i in range(25):
+        together.wait(60)
+        try:
+            with Journal(folder / f"{i}.db") as journal:
+                start(journal)
+        except Exception as error:
+            failed.put(repr(error))
+
+
+def test_processes_may_create_a_journal_at_the_same_moment(tmp_path):
+    context = multiprocessing.get_context("fork")
+    together, failed = context.Barrier(5), context.SimpleQueue()
+    arguments = (tmp_path, together, failed)
+    processes = [context.Process(target=open_and_write, args=arguments) for _ in range(5)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert failed.empty(), failed.get()
+    for file in tmp_path.glob("*.db"):
+        with Journal(file) as journal:
+            assert len(journal.runs()) == 5
 
 
 KILLED = """
