@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Check', 'check_money', 'check_edge', 'check_parity', 'check_coverage', 'check_model', 'check_staleness', 'Verdict',
-           'verdict', 'limits', 'verdict_html', 'tiles_html', 'causes_html']
+           'verdict', 'span_text', 'limits', 'verdict_html', 'tiles_html', 'causes_html']
 
 # %% ../../nbs/ops/08_checks.ipynb #0bfe2d6c
 import html
@@ -147,14 +147,16 @@ def verdict(
     return Verdict(status, headline, detail)
 
 # %% ../../nbs/ops/08_checks.ipynb #75b08162
-def _span(seconds: float) -> str:
+def span_text(
+    seconds: float,  # Length of time
+) -> str:  # Such as "4.0 hours"
     "Write a length of time as a person would"
     for unit, size in (("days", 86_400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"
     return f"{seconds:.0f} seconds"
 
-# %% ../../nbs/ops/08_checks.ipynb #1ad090e2
+# %% ../../nbs/ops/08_checks.ipynb #7e38f062
 def limits(
     duration_s: float,  # Length of the sample
     results_bps: np.ndarray,  # Net result of each trade, bps
@@ -165,10 +167,10 @@ def limits(
     n, said = len(results_bps), []
     if duration_s < 3600:
         text = "It shows that every part works on this market, and nothing about profit."
-        said.append(f"The sample is {_span(duration_s)} long. {text}")
+        said.append(f"The sample is {span_text(duration_s)} long. {text}")
     elif duration_s < 7 * 86_400:
         text = "It covers few kinds of market, and says nothing about other days."
-        said.append(f"The sample is {_span(duration_s)} long. {text}")
+        said.append(f"The sample is {span_text(duration_s)} long. {text}")
     if n < min_trades:
         said.append(f"{n} trades: below {min_trades}, no edge is claimed whatever they earned.")
     else:

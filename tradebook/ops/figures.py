@@ -111,7 +111,7 @@ def funnel_figure(
         hovertemplate="%{y}: %{customdata:,}<extra></extra>",
     )
     figure = styled(go.Figure(bars), "From market events to fills", height=height)
-    figure.update_xaxes(visible=False, range=[0, max(widths, default=1) * 1.3 + 0.2])
+    figure.update_xaxes(visible=False, range=[0, max(widths, default=1) * 1.24 + 0.2])
     figure.update_yaxes(autorange="reversed", showgrid=False, tickfont={"size": 12})
     return figure.update_layout(margin={"b": 12, "t": 40}, bargap=0.22)
 
@@ -138,7 +138,7 @@ def trades_figure(
     ts: np.ndarray,  # Time of each mid, ns UTC
     mid: np.ndarray,  # Mid price, quote currency; NaN where there was no book
     trades: pd.DataFrame,  # ts_in, ts_out, side, net_quote, reason; any number of rows
-    n_max: int = 400,  # Most trades to mark, the latest
+    n_max: int = 300,  # Most trades to mark, the latest
 ) -> go.Figure:  # The mid with a mark for each entry
     "Draw where trades were opened, over the mid price"
     keep = thin(len(ts))
@@ -233,10 +233,10 @@ def hours_figure(
 
 # %% ../../nbs/ops/04_figures.ipynb #3869f7aa
 def calibration_figure(
-    calibration: pd.DataFrame,  # Columns predicted, observed, n; one row a bin
+    calibration: pd.DataFrame,  # Columns p_mean, share_up, n; one row a bin
 ) -> go.Figure:  # Points beside the diagonal, larger where there are more rows
     "Draw what was predicted beside what happened"
-    predicted, observed = calibration.predicted, calibration.observed
+    predicted, observed = calibration.p_mean, calibration.share_up
     sizes = 7 + 13 * np.sqrt(calibration.n / max(calibration.n.max(), 1))
     both = pd.concat([predicted, observed])
     ends = [both.min() - 0.02, both.max() + 0.02] if len(both) else [0.4, 0.6]

@@ -165,12 +165,13 @@ details{margin:4px 0}summary{cursor:pointer;color:var(--accent)}
 # %% ../../nbs/ops/01_html.ipynb #69cbc50a
 _CARDS = """
 .figure{background:var(--paper);border:1px solid var(--line);border-radius:10px;padding:6px;overflow:hidden}
-.scroll{overflow-x:auto;background:var(--paper);border:1px solid var(--line);border-radius:10px;padding:4px 12px 8px}
-table{border-collapse:collapse;width:100%;font-size:13.5px;line-height:1.35}
+.scroll{overflow-x:auto;width:fit-content;max-width:100%}
+.scroll{background:var(--paper);border:1px solid var(--line);border-radius:10px;padding:4px 12px 8px}
+table{border-collapse:collapse;font-size:13.5px;line-height:1.35}
 caption{text-align:left;font-weight:600;font-size:14px;padding:8px 8px 6px}
 th{text-align:left;color:var(--muted);font-weight:600;font-size:12.5px;border-bottom:1px solid #cfd8e1;
-padding:6px 8px;vertical-align:bottom}
-td{padding:5px 8px;border-bottom:1px solid var(--line);vertical-align:top}
+padding:6px 14px 6px 8px;vertical-align:bottom}
+td{padding:5px 14px 5px 8px;border-bottom:1px solid var(--line);vertical-align:top}
 tr:last-child td{border-bottom:0}tbody tr:hover{background:#f7f9fb}
 .number{text-align:right;white-space:nowrap}
 .remedy{color:var(--muted);font-size:12.5px;font-weight:400}.causes{font-size:13px}
