@@ -48,13 +48,13 @@ def new_book() -> Book:  # Empty and invalid: it waits for a snapshot
     return book
 
 # %% ../../nbs/market/02_book.ipynb #01c3045d
-@njit(cache=True, nogil=True, inline="always")
+@njit(cache=True, nogil=True, forceinline=True)
 def level_key(
     side: int,  # 0 bids, 1 asks (an index, not a sign)
     ticks: int,  # Price, ticks; also turns a key back into ticks
 ) -> int:  # Key, larger is better on both sides
     "Turn ticks into a key that is largest at the best price, and back"
-    return KEY_MAX - ticks if side else ticks
+    return (np.int64(ticks) ^ (KEY_MAX * np.int64(side))) & KEY_MAX
 
 # %% ../../nbs/market/02_book.ipynb #56f8385e
 @njit(cache=True, nogil=True)
@@ -78,39 +78,34 @@ def key_below(
 
 # %% ../../nbs/market/02_book.ipynb #2b919d7b
 @njit(cache=True, nogil=True)
-def _add(book, side, key, lots):
-    "Put a size where there was none; tells False when the pool is exhausted"
-    page = book.table[side, key >> PAGE_BITS]
-    if page == 0:
-        if book.head[HEAD_FREE] == 0:
-            return False
-        book.head[HEAD_FREE] -= 1
-        page = book.free[book.head[HEAD_FREE]]
-        book.table[side, key >> PAGE_BITS] = page
-    book.sizes[page, key & (PAGE_SIZE - 1)] = lots
-    book.count[page] += 1
-    book.head[HEAD_LEVELS + side] += 1
-    if key > book.head[side]:
-        book.head[side] = key
-    return True
+def _open_page(book, side, key):
+    "Take a page from the pool; 0 and an invalid book when there is none"
+    if book.head[HEAD_FREE] == 0:
+        book.head[HEAD_REFUSED] += 1
+        book.head[HEAD_VALID] = 0
+        return 0
+    book.head[HEAD_FREE] -= 1
+    page = book.free[book.head[HEAD_FREE]]
+    book.table[side, key >> PAGE_BITS] = page
+    return page
 
 
 @njit(cache=True, nogil=True)
-def _remove(book, side, key, page):
-    "Take a level away, give back its page if it was the last there, move the best on"
-    book.sizes[page, key & (PAGE_SIZE - 1)] = 0
-    book.count[page] -= 1
-    book.head[HEAD_LEVELS + side] -= 1
-    if book.count[page] == 0:
-        book.table[side, key >> PAGE_BITS] = 0
-        book.free[book.head[HEAD_FREE]] = page
-        book.head[HEAD_FREE] += 1
-    if key == book.head[side]:
-        has_more = book.head[HEAD_LEVELS + side] > 0
-        book.head[side] = key_below(book, side, key) if has_more else -1
+def _close_page(book, side, key, page):
+    "Give an empty page back to the pool"
+    book.table[side, key >> PAGE_BITS] = 0
+    book.free[book.head[HEAD_FREE]] = page
+    book.head[HEAD_FREE] += 1
+
+
+@njit(cache=True, nogil=True)
+def _find_best(book, side, key):
+    "Look for the new best behind a key that has left"
+    has_more = book.head[HEAD_LEVELS + side] > 0
+    book.head[side] = key_below(book, side, key) if has_more else -1
 
 # %% ../../nbs/market/02_book.ipynb #2cbfa171
-@njit(cache=True, nogil=True, inline="always")
+@njit(cache=True, nogil=True, forceinline=True)
 def set_level(
     book: Book,  # The book to change
     side: int,  # 0 bids, 1 asks
@@ -119,18 +114,22 @@ def set_level(
 ):
     "Set the size at one price"
     key = level_key(side, ticks)
-    page = book.table[side, key >> PAGE_BITS]
-    before = book.sizes[page, key & (PAGE_SIZE - 1)]
-    if lots > 0 and before > 0:
-        book.sizes[page, key & (PAGE_SIZE - 1)] = lots
-    elif lots > 0:
-        if not _add(book, side, key, lots):
-            book.head[HEAD_REFUSED] += 1
-            book.head[HEAD_VALID] = 0
-    elif before > 0:
-        _remove(book, side, key, page)
+    page = np.int64(book.table[side, key >> PAGE_BITS])
+    if page == 0 and lots > 0:
+        page = np.int64(_open_page(book, side, key))
+        lots = lots if page else 0
+    cell = key & (PAGE_SIZE - 1)
+    change = np.int64(lots > 0) - np.int64(book.sizes[page, cell] > 0)
+    book.sizes[page, cell] = lots
+    book.count[page] += change
+    book.head[HEAD_LEVELS + side] += change
+    book.head[side] = max(book.head[side], key if lots > 0 else -1)
+    if change < 0 and book.count[page] == 0:
+        _close_page(book, side, key, page)
+    if lots == 0 and key == book.head[side]:
+        _find_best(book, side, key)
 
-
+# %% ../../nbs/market/02_book.ipynb #9702b12b
 @njit(cache=True, nogil=True)
 def clear_book(
     book: Book,  # The book to empty
@@ -139,10 +138,16 @@ def clear_book(
     for side in range(2):
         while book.head[HEAD_LEVELS + side] > 0:
             key = book.head[side]
-            _remove(book, side, key, book.table[side, key >> PAGE_BITS])
+            page = book.table[side, key >> PAGE_BITS]
+            book.head[HEAD_LEVELS + side] -= book.count[page]
+            book.count[page] = 0
+            for cell in range(PAGE_SIZE):
+                book.sizes[page, cell] = 0
+            _close_page(book, side, key, page)
+            _find_best(book, side, key & ~(PAGE_SIZE - 1))
 
 # %% ../../nbs/market/02_book.ipynb #96cb06af
-@njit(cache=True, nogil=True, inline="always")
+@njit(cache=True, nogil=True, forceinline=True)
 def best(
     book: Book,  # The book
     side: int,  # 0 bids, 1 asks
@@ -152,7 +157,7 @@ def best(
     return level_key(side, key) if key >= 0 else -1
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(cache=True, nogil=True, forceinline=True)
 def size_at(
     book: Book,  # The book
     side: int,  # 0 bids, 1 asks
@@ -174,7 +179,7 @@ def next_level(
     return level_key(side, key) if key >= 0 else -1
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(cache=True, nogil=True, forceinline=True)
 def level_count(
     book: Book,  # The book
     side: int,  # 0 bids, 1 asks
@@ -183,7 +188,17 @@ def level_count(
     return book.head[HEAD_LEVELS + side]
 
 # %% ../../nbs/market/02_book.ipynb #72bb5ec7
-@njit(cache=True, nogil=True, inline="always")
+@njit(cache=True, nogil=True)
+def _apply_control(book, kind):
+    "Apply a clear or a gap, the two kinds that come seldom"
+    if kind == KIND_CLEAR:
+        clear_book(book)
+        book.head[HEAD_VALID] = 1
+    elif kind == KIND_GAP:
+        book.head[HEAD_VALID] = 0
+
+
+@njit(cache=True, nogil=True, forceinline=True)
 def apply_event(
     book: Book,  # The book to change
     kind: int,  # KIND_…; trades and quotes change nothing
@@ -193,12 +208,9 @@ def apply_event(
 ):
     "Apply one event"
     if kind == KIND_LEVEL:
-        set_level(book, 0 if side > 0 else 1, price_ticks, size_lots)
-    elif kind == KIND_CLEAR:
-        clear_book(book)
-        book.head[HEAD_VALID] = 1
-    elif kind == KIND_GAP:
-        book.head[HEAD_VALID] = 0
+        set_level(book, np.int64(side < 0), price_ticks, size_lots)
+    elif kind < KIND_LEVEL:
+        _apply_control(book, kind)
 
 # %% ../../nbs/market/02_book.ipynb #e241f693
 @njit(cache=True, nogil=True)
