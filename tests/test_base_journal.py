@@ -125,7 +125,7 @@ def writer(place, me, n):
 
 
 def test_processes_that_write_at_once_lose_nothing(tmp_path):
-    place, n = tmp_path / "journal.db", 60
+    place, n = tmp_path / "journal.db", 30
     processes = [writer(place, name, n) for name in "abcd"]
     for process in processes:
         process.stdin.write("go\n")
@@ -147,7 +147,7 @@ def test_processes_that_write_at_once_lose_nothing(tmp_path):
 
 def open_and_write(folder, together, failed):
     "Open one new journal after another, at the same moment as the others"
-    for i in range(25):
+    for i in range(20):
         together.wait(60)
         try:
             with Journal(folder / f"{i}.db") as journal:
