@@ -191,13 +191,11 @@ def test_an_intent_survives_a_sudden_end(tmp_path):
         assert [o["state"] for o in journal.orders(run["run_id"])] == ["intent"]
 
 
-def test_every_commit_waits_for_the_disk(journal):
-    with journal._engine.connect() as connection:
-        switches = {
-            p: connection.exec_driver_sql(f"PRAGMA {p}").scalar()
-            for p in ("journal_mode", "synchronous")
-        }
-    assert switches == {"journal_mode": "wal", "synchronous": 2}
+def test_writes_wait_for_the_disk_unless_told_otherwise(journal):
+    for options, level in (({}, 2), ({"is_durable": False}, 1), ({}, 2)):
+        with journal._write(**options) as connection:
+            assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
+            assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == level
 
 
 @pytest.mark.skipif(not shutil.which("strace"), reason="strace is not installed")

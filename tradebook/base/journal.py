@@ -128,7 +128,7 @@ class DecisionLog(RunReader):
         "Write many decisions at once: all or none"
         if rows:
             checked = [_decision(run_id, row) for row in rows]
-            with self._write() as connection:
+            with self._write(is_durable=False) as connection:
                 connection.execute(tables.DECISIONS.insert(), checked)
 
     def decisions(self, run_id: str) -> list[dict]:  # By cycle number; gates is JSON text
@@ -178,7 +178,7 @@ class OrderLog(DecisionLog):
             run_id=run_id, client_order_id=client_order_id, ts=ts, state=state, detail=detail
         )
         found = orders.update().where(orders.c.client_order_id == client_order_id)
-        with self._write() as connection:
+        with self._write(is_durable=False) as connection:
             if connection.execute(found.values(state=plain(state))).rowcount != 1:
                 raise DataError(
                     f"order '{client_order_id}' has no intent; record_intent comes first"
@@ -192,7 +192,7 @@ class OrderLog(DecisionLog):
     ):
         "Write down a fill"
         row = row_for(tables.FILLS, {"is_partial": False, **fill, "run_id": run_id})
-        with self._write() as connection:
+        with self._write(is_durable=False) as connection:
             connection.execute(tables.FILLS.insert(), row)
 
 # %% ../../nbs/base/07_journal.ipynb #75b32a85
@@ -233,14 +233,14 @@ class StateLog(FreezeLog):
         "Overwrite a symbol's position with the present one"
         table, row = tables.POSITIONS, dict(run_id=run_id, symbol=symbol, state=as_json(state))
         same = (table.c.run_id == run_id) & (table.c.symbol == symbol)
-        with self._write() as connection:
+        with self._write(is_durable=False) as connection:
             if connection.execute(table.update().where(same).values(row)).rowcount == 0:
                 connection.execute(table.insert(), row)
 
     def record_event(self, run_id: str, ts: int, code: str, detail: dict):
         "Write down an incident"
         row = row_for(tables.EVENTS, dict(run_id=run_id, ts=ts, code=code, detail=as_json(detail)))
-        with self._write() as connection:
+        with self._write(is_durable=False) as connection:
             connection.execute(tables.EVENTS.insert(), row)
 
 # %% ../../nbs/base/07_journal.ipynb #4ef3c623

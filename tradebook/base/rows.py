@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +63,17 @@ def row_for(
     row: dict,  # Column to value, in any order, missing ones allowed
 ) -> dict:  # Every column of the table but its own number, plain
     "Make a row plain and whole, or refuse a column that the table does not have"
-    columns = table.columns.keys()
-    if not row.keys() <= set(columns):
-        name = min(row.keys() - set(columns))
+    columns = _columns_of(table)
+    if not row.keys() <= columns.keys():
+        name = min(row.keys() - columns.keys())
         raise DataError(f"'{name}' is no column of {table.name}; {nearest(name, columns)}")
-    return {name: plain(row.get(name)) for name in columns if name != "id"}
+    return {name: plain(row.get(name)) for name in columns}
+
+
+@cache
+def _columns_of(table: Table) -> dict[str, None]:
+    "Name the columns that a writer gives; rows number themselves"
+    return dict.fromkeys(name for name in table.columns.keys() if name != "id")
 
 # %% ../../nbs/base/06_rows.ipynb #3f0e1dc8
 class Database:
@@ -92,10 +99,13 @@ class Database:
         return f"{type(self).__name__}({self._engine.url.render_as_string(hide_password=True)})"
 
     @contextmanager
-    def _write(self) -> Iterator[Connection]:
-        "Write several rows together: all of them, on the disk, or none"
+    def _write(self, is_durable: bool = True) -> Iterator[Connection]:
+        "Write several rows together: all of them or none"
         try:
             with self._engine.begin() as connection:
+                if self._engine.dialect.name == "sqlite":
+                    wait = "FULL" if is_durable else "NORMAL"
+                    connection.exec_driver_sql(f"PRAGMA synchronous = {wait}")
                 yield connection
         except IntegrityError as error:
             raise DataError(f"the journal refused a row: {error.orig}") from None
