@@ -19,6 +19,12 @@ from .errors import DataError, nearest
 from .rows import Database, as_json, plain, row_for
 
 # %% ../../nbs/base/07_journal.ipynb #3783229d
+def _run_id(ns: int) -> str:
+    "Name a run that starts now"
+    stamp = datetime.fromtimestamp(ns / 1e9, UTC).strftime("%Y%m%dT%H%M%S%f")
+    return f"{stamp}-{secrets.token_hex(3)}"
+
+
 def _masked(settings: dict) -> dict:
     "Take the secrets out of a dictionary of settings, whoever forgot to"
     hidden = {k: "**********" if v else None for k, v in (settings.get("secrets") or {}).items()}
@@ -47,8 +53,7 @@ class RunLog(Database):
     ) -> str:  # The run's id: starts with the UTC time, sorts by time
         "Write down that a run begins"
         now = WallClock().now_ns()
-        stamp = datetime.fromtimestamp(now / 1e9, UTC).strftime("%Y%m%dT%H%M%S%f")
-        row = dict(run_id=f"{stamp}-{secrets.token_hex(3)}", kind=kind, status="running", note=note)
+        row = dict(run_id=_run_id(now), kind=kind, status="running", note=note)
         row |= dict(settings_hash=settings_hash, settings=as_json(_masked(settings)), summary="{}")
         row |= dict(code_version=code_version, model_version=model_version, ts_start=now)
         row |= dict(symbol=symbol, venue=venue)
