@@ -8,6 +8,7 @@ __all__ = ['Check', 'check_money', 'check_edge', 'check_parity', 'check_coverage
 
 # %% ../../nbs/ops/08_checks.ipynb #0bfe2d6c
 import html
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -152,7 +153,7 @@ def span_text(
 ) -> str:  # Such as "4.0 hours"
     "Write a length of time as a person would"
     for unit, size in (("days", 86_400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * size:
+        if seconds >= 1.5 * size:
             return f"{seconds / size:.1f} {unit}"
     return f"{seconds:.0f} seconds"
 
@@ -184,6 +185,11 @@ def limits(
     return said
 
 # %% ../../nbs/ops/08_checks.ipynb #9cd3f9cf
+def _text(text: str) -> str:
+    "Escape text for a page, with real minus signs"
+    return re.sub(r"(?<![\w.])-(?=\d)", "−", html.escape(text))
+
+# %% ../../nbs/ops/08_checks.ipynb #7596da0a
 _WORDS = {"pass": "pass", "warn": "warn", "fail": "fail", "note": "not measured"}
 
 
@@ -192,19 +198,18 @@ def verdict_html(
     about: str = "",  # What was run: symbol, venue, time span
 ) -> str:  # A banner
     "Show the verdict"
-    esc = html.escape
-    extra = f"<br>{esc(about)}" if about else ""
-    body = f"<b>{esc(verdict.headline)}</b><span>{esc(verdict.detail)}{extra}</span>"
+    extra = f"<br>{_text(about)}" if about else ""
+    body = f"<b>{_text(verdict.headline)}</b><span>{_text(verdict.detail)}{extra}</span>"
     return f'<div class="verdict {verdict.status}">{body}</div>'
 
-# %% ../../nbs/ops/08_checks.ipynb #a226ea41
+# %% ../../nbs/ops/08_checks.ipynb #e0ef8833
 def tiles_html(
     checks: list[Check],  # In the order in which to read them
 ) -> str:  # One tile each, in a row that wraps
     "Show checks as tiles"
     tiles = []
     for c in checks:
-        name, value, bound = (html.escape(t) for t in (c.name, c.value, c.bound))
+        name, value, bound = (_text(t) for t in (c.name, c.value, c.bound))
         top = f'<div class="top"><span>{name}</span><span class="word">{_WORDS[c.status]}</span></div>'
         rest = f'<div class="value">{value}</div><div class="bound">{bound}</div>'
         tiles.append(f'<div class="tile {c.status}">{top}{rest}</div>')

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MIN_TRADES', 'net_estimate', 'edge_check', 'as_number', 'run_checks', 'run_verdict', 'about', 'equity_rows',
-           'mid_rows', 'trade_rows']
+           'mid_rows', 'trade_rows', 'key_numbers']
 
 # %% ../../nbs/ops/10_findings.ipynb #a7ce8d55
 from typing import Any
@@ -153,3 +153,31 @@ def trade_rows(
             row |= {f"net {e.quote}": g.net_quote.sum()}
             rows.append(row | {"held s": ((g.ts_out - g.ts_in) / 1e9).median()})
     return pd.DataFrame(rows)
+
+# %% ../../nbs/ops/10_findings.ipynb #4e68c7ca
+def key_numbers(
+    e: Evidence,  # One run
+) -> pd.DataFrame:  # number, value as text
+    "List the numbers that describe a run's trades"
+    t, net = e.trades, equity_rows(e).net_quote.to_numpy()
+    days = (e.span[1] - e.span[0]) / 86_400e9
+    rows = [("trades", f"{len(t):,}")]
+    if len(t):
+        held = ((t.ts_out - t.ts_in) / 1e9).median()
+        turnover = (t["size"] * t.price_in).sum()
+        rows += [
+            ("won", f"{(t.net_quote > 0).mean():.1%}"),
+            ("gross a trade", f"{t.gross_bps.mean():+.2f} bps"),
+            ("fees a trade", f"{(t.gross_bps - t.net_bps).mean():.2f} bps"),
+            ("net a trade", f"{t.net_bps.mean():+.2f} bps"),
+            ("best, worst", f"{t.net_bps.max():+.1f}, {t.net_bps.min():+.1f} bps"),
+            ("held, median", f"{held:,.1f} s"),
+            ("turnover", f"{turnover:,.0f} {e.quote}"),
+            ("deepest drawdown", f"{(np.maximum.accumulate(net) - net).max():,.2f} {e.quote}"),
+        ]
+    if len(t) and days * 24 >= 2:
+        rows += [
+            ("trades a day", f"{len(t) / days:,.0f}"),
+            ("net a day", f"{net[-1] / days:+,.2f} {e.quote}"),
+        ]
+    return pd.DataFrame(rows, columns=["number", "value"])

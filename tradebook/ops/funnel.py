@@ -44,7 +44,7 @@ def count_gates(
 
 # %% ../../nbs/ops/03_funnel.ipynb #7c174788
 def count_stages(
-    summary: dict,  # Run's summary; n_events, n_book_messages, n_rows, n_predictions are read
+    summary: dict,  # Run's summary; n_events and n_book_messages are read
     decisions: list[dict],  # Journal's decisions of the run
     orders: list[dict],  # Journal's orders of the run
     fills: list[dict],  # Journal's fills of the run
@@ -60,7 +60,7 @@ def count_stages(
         (Stage.EVENTS.value, int(summary.get("n_events", 0))),
         (Stage.BOOKS.value, int(summary.get("n_book_messages", 0))),
         (Stage.FEATURES.value, ready),
-        (Stage.PREDICTIONS.value, int(summary.get("n_predictions", predicted))),
+        (Stage.PREDICTIONS.value, predicted),
         (Stage.CANDIDATES.value, len(candidates)),
         *((f"{name} gate", n) for name, n in count_gates(candidates)),
         (Stage.SIZES.value, sized),

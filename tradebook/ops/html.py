@@ -101,14 +101,15 @@ def _number(value, form) -> str:
     if value is None or value != value:
         return "–"
     if form:
-        return html.escape(form.format(value))
+        return html.escape(form.format(value)).replace("-", "−")
     if isinstance(value, (bool, str)):
         return html.escape(str(value))
     if hasattr(value, "item"):
         value = value.item()
     if isinstance(value, float):
         value = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) else html.escape(str(value))
+    text = f"{value:,}" if isinstance(value, int) else str(value)
+    return html.escape(re.sub(r"^-(?=\d)", "−", text))
 
 # %% ../../nbs/ops/01_html.ipynb #3fc43d97
 def table(
@@ -175,6 +176,7 @@ td{padding:5px 14px 5px 8px;border-bottom:1px solid var(--line);vertical-align:t
 tr:last-child td{border-bottom:0}tbody tr:hover{background:#f7f9fb}
 .number{text-align:right;white-space:nowrap}
 .remedy{color:var(--muted);font-size:12.5px;font-weight:400}.causes{font-size:13px}
+.narrow .scroll,.half .scroll{width:auto}.narrow table,.half table{width:100%}
 img{max-width:100%}
 .failure{background:#fdf1f0;border:1px solid #efc4c1;border-left:6px solid var(--fail);
 border-radius:8px;padding:12px 16px}
