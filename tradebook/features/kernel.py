@@ -29,7 +29,7 @@ from tradebook.features.schema import (
     VOLATILITY_WINDOWS_S,
     FeatureSet,
 )
-from .shape import depth_step, depth_within, emit_shape, typical_size
+from .shape import depth_step, emit_shape, level_size, typical_size
 from .tape import emit_tape, tape_step
 from tradebook.features.timing import (
     BOOK,
@@ -143,16 +143,15 @@ def on_book(
     ts: int,  # Receive time of the message, ns
 ) -> None:
     "Take note of a book message"
-    clock = state.clock
+    clock, is_changed = state.clock, False
     if book_status(book) > BOOK_LOCKED:
         clock[IS_USABLE] = 0
-        timing_step(state.totals, state.stamps, ts, False)
+        timing_step(state.totals, state.stamps, ts, is_changed)
         return
     was, now = state.levels[clock[HALF]], state.levels[1 - clock[HALF]]
-    n_ask = top(book, N_LEVELS, now[0], now[1], now[2], now[3])[1]
+    n_ask = top(book, now.shape[1], now[0], now[1], now[2], now[3])[1]
     for i in range(n_ask, N_LEVELS):
         now[2, i] = NO_ASK
-    is_changed = False
     if clock[IS_USABLE]:
         flow_step(was, now, state.fresh)
         is_changed = now[0, 0] != was[0, 0] or now[2, 0] != was[2, 0]
@@ -174,9 +173,7 @@ def on_beat(
     if clock[IS_USABLE]:
         totals[MID] = clock[MID_NOW]
         now, n_decay = state.levels[clock[HALF]], len(state.decay) - 1
-        n = np.sum(now[1, :5] > 0) + np.sum(now[3, :5] > 0)
-        size = (depth_within(now[1], 5) + depth_within(now[3], 5)) / n
-        depth_step(state.depth, size, state.decay[n_decay])
+        depth_step(state.depth, level_size(now), state.decay[n_decay])
         flow_beat(state.sums, state.fresh, state.decay[:n_decay])
         seen, per_second = beat - clock[SINCE], NS_PER_S // clock[BEAT_NS]
         volatility_beat(totals, state.ring, beat, seen, per_second)
@@ -196,7 +193,7 @@ def emit_row(
 ) -> None:
     "Write one row"
     clock, ring, stamps, s = state.clock, state.ring, state.stamps, state.scratch
-    n_bid, n_ask = top(book, SHAPE_LEVELS, s[0], s[1], s[2], s[3])
+    n_bid, n_ask = top(book, s.shape[1], s[0], s[1], s[2], s[3])
     row.ts, row.ts_book = ts, stamps[BOOK]
     row.bid_ticks, row.bid_lots, row.ask_ticks, row.ask_lots = s[0, 0], s[1, 0], s[2, 0], s[3, 0]
     row.segment, row.status = clock[SEGMENT], book_status(book)

@@ -9,7 +9,8 @@ __all__ = ['NS_PER_S', 'CHANGES', 'MESSAGES', 'BOOK', 'TRADE', 'CHANGE', 'RESET'
 import numpy as np
 from numba import njit
 
-from .price import since, window_lag
+from .price import window_lag
+from .tape import rate
 
 # %% ../../nbs/features/06_timing.ipynb #921faaa3
 NS_PER_S = 1_000_000_000
@@ -63,6 +64,6 @@ def emit_timing(
     x[at + 2] = seconds_since(ts, stamps[CHANGE], reset, 60.0)
     x[at + 3] = seconds_since(ts, 0, reset, 300.0)
     lag = window_lag(5, seen, per_second)
-    x[at + 4] = since(ring, beat, lag, CHANGES) * per_second / lag if lag > 0 else np.nan
-    x[at + 5] = since(ring, beat, lag, MESSAGES) * per_second / lag if lag > 0 else np.nan
+    x[at + 4] = rate(ring[:, CHANGES], beat, lag, per_second)
+    x[at + 5] = rate(ring[:, MESSAGES], beat, lag, per_second)
     return at + 6

@@ -11,7 +11,7 @@ import math
 import numpy as np
 from numba import njit
 
-from .price import MID, past, return_bps, since, window_lag
+from .price import MID, return_bps, since, total_at, window_lag
 from .schema import VOLATILITY_WINDOWS_S
 
 # %% ../../nbs/features/05_volatility.ipynb #a945b432
@@ -29,7 +29,7 @@ def volatility_beat(
 ) -> None:
     "Let one beat into the squared moves"
     if seen >= per_second:
-        move = totals[MID] - past(ring, beat, per_second, MID)
+        move = totals[MID] - total_at(ring[:, MID], beat - per_second)
         move = min(max(move, -BIGGEST_MOVE), BIGGEST_MOVE)
         totals[SQUARES] += move * move
         totals[SEEN] += 1
@@ -47,7 +47,7 @@ def forget_hole(
     if hole <= 0:
         return
     for column in (SQUARES, SEEN):
-        before = past(ring, beat, hole, column)
+        before = total_at(ring[:, column], beat - hole)
         totals[column] = before
         for lag in range(hole):
             ring[(beat - lag) & (len(ring) - 1), column] = before
@@ -65,11 +65,11 @@ def volatility_bps(
 ) -> float:  # Typical move over window_s, bps of the mid, >= 0; NaN while warming up
     "Measure realised volatility over a window, per window"
     lag = min(window_s * per_second, beat)
-    n = since(ring, beat, lag, SEEN)
+    n = since(ring[:, SEEN], beat, lag)
     if n < MIN_SEEN_S * per_second:
         return np.nan
-    variance = window_s * since(ring, beat, lag, SQUARES) / n
-    return 1e4 * math.sqrt(variance) / past(ring, beat, 0, MID)
+    variance = window_s * since(ring[:, SQUARES], beat, lag) / n
+    return 1e4 * math.sqrt(variance) / total_at(ring[:, MID], beat)
 
 # %% ../../nbs/features/05_volatility.ipynb #2b70deeb
 @njit(cache=True, nogil=True)
@@ -88,6 +88,6 @@ def emit_volatility(
         k += 1
     short, middle, long = x[at], x[at + 1], x[at + 2]
     x[at + 3] = short * math.sqrt(30.0) / long if long != 0 else 1.0
-    move = return_bps(ring, beat, window_lag(20, seen, per_second))
+    move = return_bps(ring[:, MID], beat, window_lag(20, seen, per_second))
     x[at + 4] = move / (middle / math.sqrt(3.0)) if middle != 0 else 0.0 * move
     return at + 5
