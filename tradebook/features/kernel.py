@@ -180,7 +180,8 @@ def on_beat(
     else:
         totals[MID] = 0
         forget(state, ts)
-    state.ring[beat & (len(state.ring) - 1)] = totals
+    for k in range(N_TOTALS):
+        state.ring[beat & (len(state.ring) - 1), k] = totals[k]
 
 # %% ../../nbs/features/07_kernel.ipynb #ca72f3e8
 @njit(cache=True, nogil=True)
@@ -245,7 +246,7 @@ def run(
     x: np.ndarray,  # Room for features, (len(rows), F) float64
 ) -> tuple[int, int]:  # Rows written; first event not taken (stop, unless the room was full)
     "Take events, write the rows that fall due before them"
-    clock, n = state.clock, 0
+    clock, n = state.clock, np.int64(0)  # a plain 0 would make a second version of `advance`
     for i in range(start, stop):
         e = events[i]
         ts, kind = e.ts_recv, e.kind
