@@ -195,10 +195,10 @@ _WORDS = {"pass": "pass", "warn": "warn", "fail": "fail", "note": "not measured"
 
 def verdict_html(
     verdict: Verdict,  # The answer
-    about: str = "",  # What was run: symbol, venue, time span
+    *lines: str,  # More lines: what was run, why there were not more trades
 ) -> str:  # A banner
     "Show the verdict"
-    extra = f"<br>{_text(about)}" if about else ""
+    extra = "".join(f"<br>{_text(line)}" for line in lines if line)
     body = f"<b>{_text(verdict.headline)}</b><span>{_text(verdict.detail)}{extra}</span>"
     return f'<div class="verdict {verdict.status}">{body}</div>'
 

@@ -236,11 +236,12 @@ def calibration_figure(
     calibration: pd.DataFrame,  # Columns p_mean, share_up, n; one row a bin
 ) -> go.Figure:  # Points beside the diagonal, larger where there are more rows
     "Draw what was predicted beside what happened"
-    predicted, observed = calibration.p_mean, calibration.share_up
-    sizes = 7 + 13 * np.sqrt(calibration.n / max(calibration.n.max(), 1))
-    both = pd.concat([predicted, observed])
+    columns = (calibration[c].to_numpy(float) for c in ("p_mean", "share_up", "n"))
+    predicted, observed, n = columns
+    sizes = 7 + 13 * np.sqrt(n / max(n.max(initial=1), 1))
+    both = np.r_[predicted, observed]
     ends = [both.min() - 0.02, both.max() + 0.02] if len(both) else [0.4, 0.6]
-    error = 1.96 * np.sqrt(observed * (1 - observed) / calibration.n.clip(lower=1))
+    error = 1.96 * np.sqrt(observed * (1 - observed) / np.maximum(n, 1))
     figure = go.Figure()
     line = {"color": "#8b98a5", "dash": "dash", "width": 1}
     figure.add_scatter(x=ends, y=ends, mode="lines", line=line, name="perfect", hoverinfo="skip")

@@ -198,6 +198,7 @@ border-radius:10px;padding:7px 12px 9px;min-width:0}
 .tile .bound{font-size:12px;line-height:1.35;color:var(--muted)}
 .tile.pass{border-top-color:var(--pass)}.tile.warn{border-top-color:var(--warn)}
 .tile.fail{border-top-color:var(--fail)}
+@media(max-width:480px){.tile .value{font-size:17px}.verdict b{font-size:18px}}
 .pass .word{color:var(--pass)}.warn .word{color:var(--warn)}.fail .word{color:var(--fail)}
 .note .word{color:var(--note)}
 """
