@@ -113,9 +113,9 @@ def compare_quotes(
     for side, name in ((1, "bid"), (-1, "ask")):
         own = events[(events["kind"] == KIND_QUOTE) & (events["side"] == side)]
         own = own[np.argsort(own["sequence"], kind="stable")]
-        at = np.searchsorted(own["sequence"], sequence, side="right") - 1
-        known = (at >= 0) & (at < len(own) - 1) & (sequence > 0)
-        known &= best_prices["status"] < BOOK_ONE_SIDED
+        at = np.searchsorted(own["sequence"], sequence, side="right") - 1  # the last, if several
+        known = (at >= 0) & (sequence > 0) & (best_prices["status"] < BOOK_ONE_SIDED)
+        known[known] = own["sequence"][at[known]] == sequence[known]
         venue, ours = own[at[known]], best_prices[known]
         is_same = venue["price_ticks"] == ours[f"{name}_ticks"]
         is_same &= venue["size_lots"] == ours[f"{name}_lots"]
