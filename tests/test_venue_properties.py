@@ -128,7 +128,10 @@ def test_any_cut_of_the_events_gives_the_same_fills(data):
     )
     latency = data.draw(st.sampled_from([0, 1, 7 * MS, 50 * MS, 400 * MS]))
     cuts = data.draw(st.lists(st.sampled_from(STARTS.tolist()), max_size=30))
-    timers = data.draw(st.lists(st.integers(*SPAN), max_size=20))
+    after = st.tuples(st.sampled_from([ts for ts, _ in orders]), st.integers(0, 80 * MS))
+    close = after.map(lambda t: t[0] + latency + t[1])  # a timer between two messages, an order due
+    timers = data.draw(st.lists(close | st.integers(*SPAN), max_size=20))
+    timers = [min(ts, SPAN[1]) for ts in timers]
     whole, venue = fills_of(orders, latency, [], [])
     pieces, _ = fills_of(orders, latency, cuts, timers)
     assert whole == pieces
