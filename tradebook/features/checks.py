@@ -98,7 +98,8 @@ def mirror_events(
     out = events.copy()
     priced = (events["kind"] != KIND_GAP) & (events["kind"] != KIND_CLEAR)
     is_level = events["kind"] == KIND_LEVEL
-    centre = 2 * int(np.median(events["price_ticks"][is_level & (events["size_lots"] > 0)]))
+    stands = events["price_ticks"][priced & (events["size_lots"] > 0)]
+    centre = 2 * int(np.median(stands)) if len(stands) else 0
     beyond = priced & (events["price_ticks"] > centre)
     out["side"] = -events["side"]
     out["price_ticks"][priced] = centre - events["price_ticks"][priced]

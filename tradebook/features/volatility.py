@@ -16,7 +16,7 @@ from .schema import VOLATILITY_WINDOWS_S
 
 # %% ../../nbs/features/05_volatility.ipynb #a945b432
 SQUARES, SEEN = 4, 5  # ring columns: squared one-second moves, and the number of them
-BIGGEST_MOVE = 2**24  # half ticks; on a perpetual with a tick of 0.1 that is 800,000 in price
+BIGGEST_MOVE = 2**20  # half ticks a second; with a tick of 0.1 that is 52,000 in price
 
 
 @njit(cache=True, nogil=True)
