@@ -7,6 +7,7 @@ __all__ = ['parse_frames', 'frame_instrument', 'DepthSync', 'read_frames']
 
 # %% ../../nbs/market/07_frames.ipynb #a0ea96e2
 import gzip
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -232,16 +233,24 @@ class _Reader:
         takers[kind](ts_recv, data)
 
 # %% ../../nbs/market/07_frames.ipynb #73e54d90
+def _lines(paths, refusals):
+    "Lines of all files, in order; a file that was cut off gives what is left of it"
+    for path in paths:
+        with gzip.open(path, "rb") as file:
+            try:
+                yield from file
+            except (EOFError, OSError, zlib.error) as error:
+                refusals.add("file cut off", {"file": path.name, "error": str(error)})
+
+
 def read_frames(
     paths: str | Path | list,  # One file, or several of one symbol that continue each other
 ) -> Imported:  # Events, ordered by ts_recv; DataError without a single depth change
     "Read raw Binance frames of one symbol"
     paths = [Path(p) for p in (paths if isinstance(paths, list | tuple) else [paths])]
     reader = _Reader()
-    for path in paths:
-        with gzip.open(path, "rb") as file:
-            for ts_recv, frame in parse_frames(file, reader.refusals):
-                reader.take(ts_recv, frame)
+    for ts_recv, frame in parse_frames(_lines(paths, reader.refusals), reader.refusals):
+        reader.take(ts_recv, frame)
     if reader.of is None:
         names = [p.name for p in paths]
         raise DataError(f"frames must hold at least one depthUpdate; {names} hold none")
