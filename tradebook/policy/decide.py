@@ -47,7 +47,9 @@ def model_block(
     if market.n_nan:
         is_young = not market.since_gap_s > WARM_UP_S
         return Cause.FEATURES_WARMING_UP if is_young else Cause.FEATURE_NAN
-    return Cause.MODEL_MISSING if prediction is None else None
+    if prediction is None:
+        return Cause.MODEL_MISSING
+    return None if 0 <= prediction.p_up <= 1 else Cause.MODEL_CORRUPT
 
 # %% ../../nbs/policy/07_decide.ipynb #52a6b055
 def decide_exit(

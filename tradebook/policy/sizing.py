@@ -20,7 +20,8 @@ def position_size(
     if account.equity_quote <= 0:
         return 0, Cause.NO_BALANCE
     of, equity = rules.of, account.equity_quote
-    at_risk = equity * rules.risk_per_trade / (rules.stop_loss_bps / 1e4)
+    loss_bps = rules.stop_loss_bps + 2 * of.taker_fee_bps  # the stop, and the fees of getting there
+    at_risk = equity * rules.risk_per_trade / (loss_bps / 1e4)
     notional = min(at_risk, equity * rules.max_position_fraction)
     price = price_ticks * of.tick_size
     lots = of.round_size_down(notional / (price * of.contract_size))
