@@ -74,12 +74,13 @@ def run_steps(
     steps: list[Step],  # In their order
     deadline_s: float,  # Longest wait for each, seconds
     on_step: Callable[[str, float | None], None] | None = None,  # Name, and seconds once it ended
+    found: dict[str, Any] | None = None,  # Filled with findings, so that they outlive a failure
 ) -> tuple[dict[str, Any], list[StepTime]]:  # Findings by name, and times
     "Run the steps of a start, one after the other"
     names = [step.name for step in steps]
     if len(set(names)) < len(names):
         raise SettingsError(f"startup steps must have different names, were {', '.join(names)}")
-    found: dict[str, Any] = {}
+    found = {} if found is None else found
     times = []
     for step in steps:
         if on_step:
