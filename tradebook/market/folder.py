@@ -41,7 +41,7 @@ class ImportJob:
     date: str  # The day, '' for several
     files: dict[str, Path]  # By role; frames by date
 
-
+# %% ../../nbs/market/09_folder.ipynb #12a63b1e
 def plan_imports(
     path: str | Path,  # A folder, searched with its subfolders, or one file
 ) -> list[ImportJob]:  # In the order in which they must be read; unknown files last, as one job
@@ -84,7 +84,7 @@ def read_job(
     names = sorted(file.name for file in job.files.values())
     raise DataError(f"job must have an importer, none takes {names}")
 
-
+# %% ../../nbs/market/09_folder.ipynb #b75598c9
 def import_folder(
     path: str | Path,  # A folder, searched with its subfolders, or one file
     store: Store,  # Where the events go

@@ -242,7 +242,7 @@ def _lines(paths, refusals):
             except (EOFError, OSError, zlib.error) as error:
                 refusals.add("file cut off", {"file": path.name, "error": str(error)})
 
-
+# %% ../../nbs/market/07_frames.ipynb #31d63dd9
 def read_frames(
     paths: str | Path | list,  # One file, or several of one symbol that continue each other
 ) -> Imported:  # Events, ordered by ts_recv; DataError without a single depth change

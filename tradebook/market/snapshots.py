@@ -171,7 +171,7 @@ def _read_books(path, of, after_ns, refusals):
     ticks, lots = (np.stack(pair) for pair in zip(*sides, strict=True))
     return _Books(event, recv, ticks, lots), len(bad)
 
-
+# %% ../../nbs/market/06_snapshots.ipynb #762fb91d
 def _read_trades(path, of, after_ns, refusals):
     "Read trades, refuse what is wrong, order by receipt; also how many the file had out of order"
     table = pq.read_table(path, columns=["timestamp", "received_at", "price", "quantity"])
@@ -188,7 +188,7 @@ def _read_trades(path, of, after_ns, refusals):
     trades = _Trades(event[order], recv[order], ticks[order], lots[order])
     return trades, len(recv), int((np.diff(recv) < 0).sum())
 
-# %% ../../nbs/market/06_snapshots.ipynb #762fb91d
+# %% ../../nbs/market/06_snapshots.ipynb #2300bd01
 def _notes(books, trades, n_reordered, events):
     "Counts and seconds worth knowing about what was imported"
     delay = books.ts_recv - books.ts_event
@@ -215,7 +215,7 @@ def _symbol(path):
     base, _, quote = Path(path).name.split("_")[0].partition("-")
     return f"{base}/{quote}:{quote}"
 
-
+# %% ../../nbs/market/06_snapshots.ipynb #0fce967f
 def read_snapshots(
     books: str | Path,  # Parquet of snapshots: ts_exch, ts_recv, bid_px_0, bid_qty_0, …
     trades: str | Path | None = None,  # Parquet of trades: timestamp, received_at, price, quantity
