@@ -47,7 +47,8 @@ class Instrument:
 
     def round_size_down(self, size: float) -> int:
         "Give the largest number of lots that is not above a size"
-        return int(np.floor(size / self.lot_size + 1e-9))
+        units = size / self.lot_size
+        return int(np.floor(units + 1e-9 + 1e-14 * abs(units)))  # the error grows with the number
 
     def notional_quote(self, price_ticks, size_lots):
         "Value a size at a price, quote currency; arrays too"
@@ -66,7 +67,7 @@ def grid_mask(
     "Tell which values stand on a grid"
     units = np.asarray(values, float) / step
     with np.errstate(invalid="ignore"):
-        near = np.abs(units - np.round(units)) <= 1e-6 + 1e-11 * np.abs(units)
+        near = np.abs(units - np.round(units)) <= 1e-6 + 1e-14 * np.abs(units)
     return np.isfinite(units) & (units >= 0) & near
 
 

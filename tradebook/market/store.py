@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DAY_NS', 'Part', 'rows_hash', 'holes_of', 'folder_name', 'write_durably', 'write_parquet', 'read_parquet',
-           'read_manifest', 'write_manifest', 'put_day', 'StoreIndex', 'Store']
+           'read_manifest', 'write_manifest', 'describe_part', 'find_part', 'put_day', 'StoreIndex', 'Store']
 
 # %% ../../nbs/market/04_store.ipynb #bcc9f46c
 import hashlib
@@ -158,27 +158,47 @@ def _refuse_other_grid(new: Instrument, known: Instrument | None):
             )
 
 # %% ../../nbs/market/04_store.ipynb #add4cec7
-def put_day(
-    day: Path,  # Folder of one day
-    events: np.ndarray,  # Rows of EVENT of that UTC day, (n,), n > 0
+def describe_part(
+    events: np.ndarray,  # Rows of EVENT of one UTC day, (n,), n > 0
     of: Instrument,  # Whose events they are
     source: str,  # Where they came from
+) -> Part:  # What the manifest will say
+    "Describe the part that events will become"
+    first, last = int(events["ts_recv"][0]), int(events["ts_recv"][-1])
+    date, digest = str(np.datetime64(first, "ns"))[:10], rows_hash(events)
+    facts = (f"part-{digest[:16]}.parquet", len(events), first, last, digest, source)
+    return Part(of.venue, of.symbol, date, *facts, holes_of(events))
+
+
+def find_part(
+    day: Path,  # Folder of one day
+    part: Part,  # What is to be written
+    of: Instrument,  # Whose events they are
+) -> Part | None:  # The part that holds the same already; DataError for a second story
+    "Compare a part with what a day holds"
+    known, parts = read_manifest(day)
+    _refuse_other_grid(of, known)
+    for other in parts:
+        if other.sha256 == part.sha256:
+            return other
+        _refuse_overlap(part, other)
+    return None
+
+# %% ../../nbs/market/04_store.ipynb #84a96ca5
+def put_day(
+    day: Path,  # Folder of one day
+    events: np.ndarray,  # Rows of EVENT of that UTC day
+    part: Part,  # Their description
+    of: Instrument,  # Whose events they are
 ) -> Part:  # The part now standing for them
     "Put the events of one day away, once"
-    first, last = int(events["ts_recv"][0]), int(events["ts_recv"][-1])
-    digest = rows_hash(events)
-    facts = (f"part-{digest[:16]}.parquet", len(events), first, last, digest, source)
-    part = Part(of.venue, of.symbol, str(np.datetime64(first, "ns"))[:10], *facts, holes_of(events))
     day.mkdir(parents=True, exist_ok=True)
     with FileLock(day / ".lock", timeout=60):
-        known, parts = read_manifest(day)
-        _refuse_other_grid(of, known)
-        for other in parts:
-            if other.sha256 == digest:
-                return other
-            _refuse_overlap(part, other)
+        if same := find_part(day, part, of):
+            return same
         write_durably(day / part.file, lambda path: write_parquet(events, path))
-        write_manifest(day, of, sorted([*parts, part], key=lambda p: p.start_ns))
+        parts = [*read_manifest(day)[1], part]
+        write_manifest(day, of, sorted(parts, key=lambda p: (p.start_ns, p.end_ns)))
     return part
 
 # %% ../../nbs/market/04_store.ipynb #08c7c66c
@@ -236,11 +256,12 @@ class Store(StoreIndex):
             _refuse_other_grid(of, self.instrument(of.venue, of.symbol))
         cuts = np.flatnonzero(np.diff(events["ts_recv"] // DAY_NS)) + 1
         days = [rows for rows in np.split(events, cuts) if len(rows)]
-        dates = [str(np.datetime64(int(rows["ts_recv"][0]), "ns"))[:10] for rows in days]
-        return [
-            put_day(self.day(of.venue, of.symbol, date), rows, of, source)
-            for date, rows in zip(dates, days, strict=True)
-        ]
+        parts = [describe_part(rows, of, source) for rows in days]
+        folders = [self.day(p.venue, p.symbol, p.date) for p in parts]
+        for folder, part in zip(folders, parts, strict=True):
+            find_part(folder, part, of)  # refuse before the first file is written
+        together = zip(folders, days, parts, strict=True)
+        return [put_day(folder, rows, part, of) for folder, rows, part in together]
 
 # %% ../../nbs/market/04_store.ipynb #ebf49d6b
 @patch
