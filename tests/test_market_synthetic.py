@@ -68,7 +68,9 @@ def test_messages_are_well_formed(markets, strength):
     assert events["flags"][0] & FLAG_SNAPSHOT
     trades = events[events["kind"] == KIND_TRADE]
     assert (np.abs(trades["side"]) == 1).all() and (trades["size_lots"] > 0).all()
-    book_ids = events["sequence"][(events["kind"] == KIND_LEVEL) & (events["flags"] & FLAG_LAST > 0)]
+    book_ids = events["sequence"][
+        (events["kind"] == KIND_LEVEL) & (events["flags"] & FLAG_LAST > 0)
+    ]
     assert (np.diff(book_ids) == 1).all()
 
 
@@ -87,7 +89,9 @@ def test_there_are_always_thirty_levels_a_side():
     market = synthetic_market(seed=3, duration_s=300)
     book, fewest = new_book(), 10**9
     for e in market.events:
-        apply_event(book, int(e["kind"]), int(e["side"]), int(e["price_ticks"]), int(e["size_lots"]))
+        apply_event(
+            book, int(e["kind"]), int(e["side"]), int(e["price_ticks"]), int(e["size_lots"])
+        )
         if e["flags"] & FLAG_LAST and e["kind"] == KIND_LEVEL:
             fewest = min(fewest, level_count(book, 0), level_count(book, 1))
     assert fewest >= MIN_LEVELS >= 30
@@ -103,7 +107,11 @@ def test_levels_are_told_only_when_they_change():
 
 
 @settings(max_examples=10, deadline=None)
-@given(seed=st.integers(0, 2**32), seconds=st.integers(1, 20), strength=st.sampled_from([0.0, 0.5, 1.0]))
+@given(
+    seed=st.integers(0, 2**32),
+    seconds=st.integers(1, 20),
+    strength=st.sampled_from([0.0, 0.5, 1.0]),
+)
 def test_a_seed_is_a_market(seed, seconds, strength):
     once = synthetic_market(seed, seconds, strength)
     again = synthetic_market(seed, seconds, strength)
