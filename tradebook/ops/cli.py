@@ -195,16 +195,20 @@ def demo(
 
     from tradebook.ops.progress import Stages
 
-    found = run_demo(
-        out=out,
-        seed=seed,
-        strength=strength,
-        data=data,
-        duration_s=hours * 3600,
-        symbol=symbol,
-        settings=read_settings(changes),
-        stages=Stages(is_shown=False if is_json else None),
-    )
+    stages = Stages(is_shown=False if is_json else None)
+    try:
+        found = run_demo(
+            out=out,
+            seed=seed,
+            strength=strength,
+            data=data,
+            duration_s=hours * 3600,
+            symbol=symbol,
+            settings=read_settings(changes),
+            stages=stages,
+        )
+    finally:
+        stages.close()
     return Answer(found, demo_text(found))
 
 # %% ../../nbs/ops/07_cli.ipynb #68bac629
@@ -213,6 +217,15 @@ def _span(start: str, stop: str) -> tuple[int | None, int | None]:
     from tradebook.base.clock import parse_utc
 
     return (parse_utc(start) if start else None, parse_utc(stop) if stop else None)
+
+
+def _market(settings, venue: str, symbol: str) -> tuple[str, str]:
+    "Find the market that is meant"
+    from tradebook.market.store import Store
+    from tradebook.trader.states import choose_market
+
+    row = choose_market(Store(settings.path("data") / "market"), venue, symbol)
+    return row["venue"], row["symbol"]
 
 
 def _lines(found: dict) -> str:
@@ -229,14 +242,17 @@ def import_(
     is_json: Json = False,
 ) -> Answer:
     "Put recordings into the store."
-    from tradebook.ops.pipeline import import_recordings, store_of
-
+    from tradebook.market.store import Store
+    from tradebook.ops.pipeline import import_recordings
     from tradebook.ops.progress import Stages
 
-    place = read_settings(changes, root).path("data")
-    with Stages(is_shown=False if is_json else None).stage("import") as stage:
-        reports = import_recordings(place, folder, stage)
-    listing = store_of(place).listing()
+    place, stages = read_settings(changes, root).path("data"), Stages(False if is_json else None)
+    try:
+        with stages.stage("import") as stage:
+            reports = import_recordings(place, folder, stage)
+    finally:
+        stages.close()
+    listing = Store(place / "market").listing()
     text = "\n".join(f"{r['venue']} {r['symbol']}: {r['n_rows']:,} events" for r in listing)
     return Answer({"ok": True, "imports": reports, "store": listing}, text)
 
@@ -253,15 +269,15 @@ def train(
     is_json: Json = False,
 ) -> Answer:
     "Train a model on what is in the store, and publish it."
-    from tradebook.ops.pipeline import choose, train_symbol
-
+    from tradebook.ops.pipeline import train_symbol
     from tradebook.ops.progress import Stages
 
     settings = read_settings(changes, root)
-    row = choose(settings.path("data"), venue, symbol)
-    with Stages(is_shown=False if is_json else None).stage("train") as stage:
-        span = _span(start, stop)
-        found = train_symbol(settings, row["venue"], row["symbol"], *span, progress=stage.update)
+    market, stages = _market(settings, venue, symbol), Stages(is_shown=False if is_json else None)
+    try:
+        found = train_symbol(settings, *market, *_span(start, stop), stages)
+    finally:
+        stages.close()
     return Answer({"ok": True, **found}, _lines(found))
 
 
@@ -277,11 +293,16 @@ def backtest(
     is_json: Json = False,
 ) -> Answer:
     "Trade history with the model in force, and journal every decision."
-    from tradebook.ops.pipeline import backtest_symbol, choose
+    from tradebook.ops.pipeline import backtest_symbol
+    from tradebook.ops.progress import Stages
 
     settings = read_settings(changes, root)
-    row = choose(settings.path("data"), venue, symbol)
-    found = backtest_symbol(settings, row["venue"], row["symbol"], *_span(start, stop))
+    market, stages = _market(settings, venue, symbol), Stages(is_shown=False if is_json else None)
+    try:
+        with stages.stage("backtest") as stage:
+            found = backtest_symbol(settings, *market, *_span(start, stop), stage)
+    finally:
+        stages.close()
     return Answer({"ok": True, **found.facts}, _lines(found.facts))
 
 # %% ../../nbs/ops/07_cli.ipynb #d49d8dc7
@@ -303,18 +324,22 @@ def trade(
     is_json: Json = False,
 ) -> Answer:
     "Run the trading loop over the stored market, on paper."
-    from tradebook.trader.session import choose_market, trade_paper
-
     from tradebook.ops.progress import Stages, tell
+    from tradebook.trader.session import trade_paper
 
     if not is_paper:
         raise SettingsError("trade needs --paper: orders to a venue are not sent by this version")
     settings = read_settings(changes, root)
-    market = choose_market(settings.path("data"), venue, symbol)
-    span = _span(start, stop)
-    with Stages(is_shown=False if is_json or is_telling else None).stage("paper") as stage:
-        watch = (lambda event, **v: tell(event, **v)) if is_telling else None
-        found = trade_paper(settings, *market, *span, on_event=watch or _moving(stage))
+    market, stages = (
+        _market(settings, venue, symbol),
+        Stages(False if is_json or is_telling else None),
+    )
+    try:
+        with stages.stage("paper") as stage:
+            watch = tell if is_telling else _moving(stage)
+            found = trade_paper(settings, *market, *_span(start, stop), on_event=watch)
+    finally:
+        stages.close()
     return Answer({"ok": True, **found}, _lines(found))
 
 
