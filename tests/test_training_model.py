@@ -68,29 +68,47 @@ def test_another_process_gives_the_same_model():
 
 def test_rows_without_outcome_or_with_holes_in_them_teach_nothing():
     x, labels, columns = drawn()
-    x[5, 3] = np.nan
-    x[6, 4] = np.inf
-    labels["is_valid"][10:20] = False
-    labels["gross_bps"][10:20] = np.nan
+    x[805, 3] = np.nan
+    x[806, 4] = np.inf
+    labels["is_valid"][910:920] = False
+    labels["gross_bps"][910:920] = np.nan
     model = fit_direction(x, labels, columns, QUICK)
-    missing = np.flatnonzero(np.isnan(model.p_up_out_of_fold)).tolist()
-    assert missing == [5, 6, *range(10, 20)]
+    missing = np.flatnonzero(np.isnan(model.p_up_out_of_fold))
+    assert {805, 806, *range(910, 920)} == set(missing[missing >= 600].tolist())
     assert (model.metrics["n_unknown"], model.metrics["n_nan"]) == (10, 2)
     # what stands in unusable rows cannot matter
-    x[10:20] = 1e9
-    labels["label"][10:20] = 1
+    x[910:920] = 1e9
+    labels["label"][910:920] = 1
     assert fit_direction(x, labels, columns, QUICK).model_text == model.model_text
 
 
-def test_an_out_of_fold_forecast_does_not_know_its_own_outcome():
+def test_a_forecast_knows_nothing_of_its_own_stretch_nor_of_what_follows():
     x, labels, columns = drawn()
     was = fit_direction(x, labels, columns, QUICK).p_up_out_of_fold
-    turned = labels.copy()
-    turned["gross_bps"][700:1_300] *= -1  # the inside of the middle fold
-    turned["label"][700:1_300] *= -1
-    now = fit_direction(x, turned, columns, QUICK).p_up_out_of_fold
-    np.testing.assert_array_equal(now[700:1_300], was[700:1_300])
-    assert (now[:600] != was[:600]).any()
+    turned, other = labels.copy(), x.copy()
+    turned["gross_bps"][1_000:] *= -1  # the last two of four stretches
+    turned["label"][1_000:] *= -1
+    other[1_500:] *= -1
+    now = fit_direction(other, turned, columns, QUICK).p_up_out_of_fold
+    assert np.isnan(was[:500]).all() and np.isfinite(was[500:]).all()
+    np.testing.assert_array_equal(now[500:1_500], was[500:1_500])
+    assert (now[1_500:] != was[1_500:]).any()
+
+
+def test_forecasts_cannot_see_labels_that_reach_into_the_test():
+    x, labels, columns = drawn(horizon=100)
+    was = fit_direction(x, labels, columns, QUICK).p_up_out_of_fold
+    labels["label"][340:500] *= -1  # these end within 60 s of the first test, at row 500, or later
+    now = fit_direction(x, labels, columns, QUICK).p_up_out_of_fold
+    np.testing.assert_array_equal(now[500:1_000], was[500:1_000])
+
+
+def test_null_markets_claim_nothing():
+    claimed = 0
+    for seed in range(20):
+        model = fit_direction(*drawn(1_500, strength=0.0, seed=seed), QUICK)
+        claimed += model.move_slope_bps > 0
+    assert claimed <= 1
 
 
 def test_too_few_rows_say_where_they_went():
@@ -117,18 +135,22 @@ def test_one_class_only_is_refused():
         fit_direction(x, labels, columns, QUICK)
 
 
-def test_a_fold_with_one_class_is_named():
-    x, labels, columns = drawn(900)
+def test_a_stretch_whose_past_moved_one_way_stays_untested():
+    x, labels, columns = drawn(2_000)
+    labels["label"][:450] = 1  # all that ends an embargo before the first test
+    model = fit_direction(x, labels, columns, QUICK)
+    assert np.isnan(model.p_up_out_of_fold[:1_000]).all()
+    assert np.isfinite(model.p_up_out_of_fold[1_000:]).all()
     labels["label"] = 1
-    labels["label"][650:700] = -1  # only in the last of three folds
-    with pytest.raises(ModelError, match="fold 3 of 3 has only one direction"):
+    labels["label"][1_700:] = -1
+    with pytest.raises(ModelError, match="no stretch of time follows one that moved both ways"):
         fit_direction(x, labels, columns, QUICK)
 
 
 def test_few_rows_still_fit():
     small = QUICK.with_overrides({"training.min_rows": 50, "training.embargo_s": 5.0})
     model = fit_direction(*drawn(150), small)
-    assert np.isfinite(model.p_up_out_of_fold).all()
+    assert np.isfinite(model.p_up_out_of_fold).sum() > 100
     # fifteen labels that do not overlap are no sample: nothing is claimed
     assert model.metrics["auc"]["n_blocks"] == 2 and model.metrics["auc"]["low"] is None
     assert model.move_slope_bps == 0.0
@@ -208,7 +230,7 @@ def test_a_planted_market_has_an_edge_and_a_null_market_has_none(strength):
 
 
 def test_shapes_that_do_not_fit_are_refused():
-    x, labels, columns = drawn(400)
+    x, labels, columns = drawn(800)
     for wrong in (x[:-1], x[:, :-1], x[0]):
         with pytest.raises(ModelError, match="a row a label, a column a feature"):
             fit_direction(wrong, labels, columns, QUICK)

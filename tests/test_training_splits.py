@@ -15,7 +15,7 @@ from tradebook.training.metrics import (
     ranks,
     time_blocks,
 )
-from tradebook.training.splits import PurgedKFold
+from tradebook.training.splits import PurgedKFold, PurgedWalkForward
 
 
 @st.composite
@@ -57,6 +57,17 @@ def test_every_row_is_tested_once_in_order(drawn, n_splits):
     if folds:
         tested = np.concatenate([test for _, test in folds])
         np.testing.assert_array_equal(tested, np.arange(len(start)))
+
+
+@settings(max_examples=300, deadline=None)
+@given(intervals(), st.integers(1, 6), st.integers(0, 60))
+def test_walking_forward_trains_on_the_past_only(drawn, n_splits, embargo):
+    start, end = drawn
+    assume(len(start) > n_splits)
+    for train, test in folds_or_nothing(PurgedWalkForward(n_splits, embargo), start, end):
+        assert end[train].max() + embargo < start[test].min()
+        left_out = np.setdiff1d(np.arange(test[0]), train)
+        assert (end[left_out] + embargo >= start[test[0]]).all()  # and on all of it
 
 
 def test_nothing_is_purged_without_need():
@@ -133,3 +144,6 @@ def test_levelled_folds_have_no_mean_of_their_own():
 def test_senseless_splitters_are_refused(n_splits, embargo):
     with pytest.raises(ModelError, match="must be >="):
         PurgedKFold(n_splits, embargo)
+    if n_splits != 1:
+        with pytest.raises(ModelError, match="must be >="):
+            PurgedWalkForward(n_splits, embargo)

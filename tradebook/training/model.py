@@ -23,7 +23,7 @@ from tradebook.training.metrics import (
     score_direction,
     time_blocks,
 )
-from .splits import PurgedKFold
+from .splits import PurgedWalkForward
 
 # %% ../../nbs/training/02_model.ipynb #23730398
 def usable_rows(
@@ -105,22 +105,26 @@ def out_of_fold(
     names: tuple[str, ...],  # Column names
     settings: Settings,  # Uses the section [training]
     progress: Callable[[int, int], None] | None = None,  # Called with fits done and fits in all
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # P(up), base rate in training, fold; (N,) each
-    "Forecast every usable row by a model that has not seen its stretch of time"
+) -> tuple[
+    np.ndarray, np.ndarray, np.ndarray
+]:  # P(up), base rate in training (NaN: never tested), fold; (N,)
+    "Forecast each stretch of time by a model that has seen only what came before"
     chosen = settings.training
-    splits = PurgedKFold(chosen.folds, round(chosen.embargo_s * 1e9))
+    splits = PurgedWalkForward(chosen.folds, round(chosen.embargo_s * 1e9))
     p_up, base = np.full(len(x), np.nan), np.full(len(x), np.nan)
     fold = np.zeros(len(x), np.int64)
     for k, (train, test) in enumerate(splits.split(labels["ts_start"], labels["ts_end"])):
         train = train[labels["label"][train] != 0]
         is_up = labels["label"][train] > 0
         if not 0 < is_up.sum() < len(is_up):
-            text = f"fold {k + 1} of {chosen.folds} has only one direction to train on"
-            raise ModelError(f"{text} ({len(is_up)} rows); record longer or lower training.folds")
+            continue  # its past moved one way only: this stretch stays untested
         p_up[test] = predict_text(fit_booster(x[train], is_up, names, settings), x[test])
         base[test], fold[test] = is_up.mean(), k
         if progress:
             progress(k + 1, chosen.folds + 1)
+    if np.isnan(p_up).all():
+        text = "no stretch of time follows one that moved both ways, so nothing can be measured"
+        raise ModelError(f"{text}; record longer or lower training.folds")
     return p_up, base, fold
 
 # %% ../../nbs/training/02_model.ipynb #fc84cde8
@@ -200,7 +204,9 @@ class DirectionModel:
     settings_hash: str  # Hash of the settings it was made with
     ts_first: int  # Start of the first label it saw, ns UTC
     ts_last: int  # End of the last label it saw, ns UTC
-    p_up_out_of_fold: np.ndarray  # Forecasts on rows not seen, (N,); NaN where a row was not usable
+    p_up_out_of_fold: (
+        np.ndarray
+    )  # Walk-forward forecasts, (N,); NaN in the first stretch and where not usable
 
 # %% ../../nbs/training/02_model.ipynb #9b98ec78
 def fit_direction(
@@ -209,7 +215,7 @@ def fit_direction(
     feature_set: FeatureSet,  # The columns of x
     settings: Settings,  # Uses [training] and [labels]
     progress: Callable[[int, int], None] | None = None,  # Called with fits done and fits in all
-) -> DirectionModel:  # The model fitted on all usable rows, measured on purged folds
+) -> DirectionModel:  # The model fitted on all usable rows, measured walking forward
     "Fit P(up), and measure on rows not seen what it is worth"
     names = tuple(feature_set.names)
     if x.ndim != 2 or x.shape != (len(labels), len(names)):
@@ -222,7 +228,10 @@ def fit_direction(
     text = fit_booster(seen[has_side], known["label"][has_side] > 0, names, settings)
     if progress:
         progress(settings.training.folds + 1, settings.training.folds + 1)
-    metrics = {**counts, **_measure(seen, known, p_up, base, fold, names, settings.training.seed)}
+    metrics = {**counts, "n_train": int(has_side.sum())}
+    tested = np.isfinite(p_up)
+    parts = (part[tested] for part in (seen, known, p_up, base, fold))
+    metrics |= _measure(*parts, names, settings.training.seed)
     metrics["top_features"] = top_features(text)
     everywhere = np.full(len(x), np.nan)
     everywhere[usable] = p_up
@@ -241,7 +250,7 @@ def fit_direction(
 
 # %% ../../nbs/training/02_model.ipynb #92862a19
 def _measure(x, labels, p_up, base, fold, names, seed):
-    "Collect everything that is claimed about a model, all of it out of fold"
+    "Collect everything that is claimed about a model, from rows its makers had not seen"
     start, end, move = (labels[n] for n in ("ts_start", "ts_end", "gross_bps"))
     side = labels["label"] != 0
     sign = np.where(
@@ -251,8 +260,7 @@ def _measure(x, labels, p_up, base, fold, names, seed):
     scores = score_direction(p_up[side], sign[side], start[side], end[side], fold[side], seed=seed)
     return {
         **{name: estimate.to_dict() for name, estimate in scores.items()},
-        "n_train": int(side.sum()),
-        "n_test": int(np.isfinite(p_up[side]).sum()),
+        "n_test": int(side.sum()),
         "n_scored_moves": len(labels),
         "base_rate": float(is_up.mean()),
         "baselines": baselines(x[side], is_up, base[side], names),

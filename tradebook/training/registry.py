@@ -62,7 +62,7 @@ class ModelVersion:
 
     @property
     def metrics(self) -> dict:
-        "What was measured, out of fold"
+        "What was measured, on rows its makers had not seen"
         return self.facts["metrics"]
 
     def age_ns(
