@@ -278,12 +278,16 @@ def top_side(
 ) -> int:  # Levels found
     "Copy the first levels of a side"
     found = min(n, book.head[HEAD_LEVELS + side])
-    key = book.head[side]
-    for i in range(found):
-        ticks[i] = level_key(side, key)
-        lots[i] = book.sizes[book.table[side, key >> PAGE_BITS], key & (PAGE_SIZE - 1)]
-        if i + 1 < found:
-            key = key_below(book, side, key)
+    key, i = book.head[side], 0
+    while i < found:
+        page = np.int64(book.table[side, key >> PAGE_BITS])
+        first = key & ~(PAGE_SIZE - 1)
+        while page and key >= first and i < found:
+            size = book.sizes[page, key & (PAGE_SIZE - 1)]
+            ticks[i], lots[i] = level_key(side, key), size  # an empty cell is overwritten next
+            i += size > 0
+            key -= 1
+        key = key if page else first - 1
     for i in range(found, n):
         ticks[i] = -1
         lots[i] = 0
