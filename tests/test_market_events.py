@@ -72,7 +72,7 @@ def test_every_broken_promise_is_found(events, data):
     name, value = data.draw(
         st.sampled_from(
             [
-                ("kind", 5),
+                ("kind", 8),
                 ("kind", 255),
                 ("size_lots", -1),
                 ("price_ticks", -1),
