@@ -201,7 +201,7 @@ def costs_figure(
             x=names,
             y=[*values, 0],
             measure=["relative"] * len(values) + ["total"],
-            text=[f"{v:+,.2f}" for v in [*values, total]],
+            text=[f"{v:+,.2f}".replace("-", "−") for v in [*values, total]],
             textposition="auto",
             increasing={"marker": {"color": GOOD}},
             decreasing={"marker": {"color": BAD}},

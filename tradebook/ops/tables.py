@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['quality_rows', 'import_rows', 'metric_rows', 'slope_text', 'importance_rows', 'calibration_rows', 'followed',
-           'outcome_rows', 'ungated_rows', 'planted_rows', 'parity_text', 'timing_rows', 'identity_rows',
-           'settings_rows']
+           'outcome_rows', 'ungated_rows', 'raw_signal_text', 'planted_rows', 'parity_text', 'timing_rows',
+           'identity_rows', 'settings_rows']
 
 # %% ../../nbs/ops/11_tables.ipynb #53d6b3cd
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from ..base.clock import utc_text
+from ..base.settings import load_settings
 from .evidence import Evidence
 from .findings import as_number
 from ..training.metrics import bootstrap, time_blocks
@@ -37,27 +38,34 @@ _QUALITY = {
 
 def quality_rows(
     e: Evidence,  # One run
-) -> pd.DataFrame:  # measure, and one column for the symbol; values as text
+) -> pd.DataFrame:  # measure, and one column a market; values as text
     "Say how good the data was"
-    counts, rows = e.quality, []
-    for key, (name, form) in _QUALITY.items():
-        value = as_number(counts.get(key))
-        if value == value:
-            rows.append((name, form.format(int(value) if form == "{:,}" else value)))
-    return pd.DataFrame(rows, columns=["measure", e.instrument.symbol])
+    markets = (e.facts.get("data") or {}).get("markets") or [e.quality]
+    table: dict[str, dict] = {}
+    for counts in markets:
+        name = f"{counts.get('symbol', e.instrument.symbol)}"
+        name += f" ({counts['venue']})" if len(markets) > 1 else ""
+        for key, (label, form) in _QUALITY.items():
+            value = as_number(counts.get(key))
+            if value == value:
+                number = int(value) if form == "{:,}" else value
+                table.setdefault(label, {})[name] = form.format(number)
+    frame = pd.DataFrame.from_dict(table, orient="index")
+    return frame.rename_axis("measure").reset_index() if len(frame) else frame
 
 # %% ../../nbs/ops/11_tables.ipynb #7048255f
 def import_rows(
     e: Evidence,  # One run
-) -> pd.DataFrame:  # One row a reason: file, what was refused, how many
+) -> pd.DataFrame:  # One row a note: market, what, value
     "List what the importers refused or noted"
     rows = []
     for report in e.facts.get("imports") or []:
-        files = report.get("source_files") or report.get("files") or report.get("source") or ""
-        name = ", ".join(files) if isinstance(files, list) else str(files)
-        noted = {f"refused: {k}": v for k, v in (report.get("refused") or {}).items()}
-        noted |= {str(k): v for k, v in (report.get("notes") or {}).items()}
-        rows += [{"source": name, "what": k, "value": _short(v)} for k, v in noted.items()]
+        what = f"{report['symbol']} ({report['venue']})"
+        noted = {"files": ", ".join(report["sources"]), "rows read": report["n_rows_read"]}
+        noted |= {"events made": report["n_events"]}
+        noted |= {f"refused: {k}": v for k, v in (report.get("refused") or {}).items()}
+        noted |= {str(k).replace("_", " "): v for k, v in (report.get("notes") or {}).items()}
+        rows += [{"market": what, "what": k, "value": _short(v)} for k, v in noted.items()]
     return pd.DataFrame(rows)
 
 
@@ -65,7 +73,11 @@ def _short(value: Any) -> str:
     "Write a noted value in few characters"
     if isinstance(value, float):
         return f"{value:,.4g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)[:120]
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {_short(v)}" for k, v in value.items())
+    if isinstance(value, list):
+        return ", ".join(_short(v) for v in value[:6]) + (" …" if len(value) > 6 else "")
+    return f"{value:,}" if isinstance(value, int) else str(value)[:160]
 
 # %% ../../nbs/ops/11_tables.ipynb #8a7a1e34
 _MEASURES = ("auc", "accuracy", "log_loss", "brier", "information_coefficient")
@@ -164,26 +176,40 @@ def ungated_rows(
             rows.append(row)
     return pd.DataFrame(rows).dropna(axis=1, how="all") if len(rows) == 2 else pd.DataFrame()
 
+# %% ../../nbs/ops/11_tables.ipynb #a67ae636
+def raw_signal_text(
+    e: Evidence,  # One run
+) -> str:  # One sentence; '' when the raw signal was not traded
+    "Say what following every signal would have earned"
+    found = e.facts.get("ungated") or {}
+    if not found.get("n_trades"):
+        return ""
+    gross, net = (as_number(found.get(f"{k}_bps_per_trade")) for k in ("gross", "net"))
+    low_high = found.get("interval")
+    interval = " (95 %: {:+.2f} to {:+.2f})".format(*low_high) if low_high else ""
+    return (
+        f"Following every signal, whatever it costs ({found['n_trades']:,} trades, edge gate off): "
+        f"gross {gross:+.2f}, net {net:+.2f} bps a trade{interval}, "
+        f"net {as_number(found.get('net_quote')):+,.2f} {e.quote}."
+    )
+
 # %% ../../nbs/ops/11_tables.ipynb #db899acc
 def planted_rows(
     e: Evidence,  # One run
 ) -> pd.DataFrame:  # quantity, value; empty on a real market
     "Put what was planted beside what was found"
     truth, edge = e.facts.get("truth") or {}, e.facts.get("edge") or {}
-    names = {"planted_bps": "planted for these entries, bps a trade before costs"}
-    names["net_bps_per_trade"] = "found, bps a trade after costs"
-    if edge.get("planted_bps") is None and not truth:
+    if not truth:
         return pd.DataFrame()
-    rows = [(text, as_number(edge.get(k))) for k, text in names.items()]
-    if len(e.trades):
-        rows.insert(1, ("found, bps a trade before costs", e.trades.gross_bps.mean()))
-    rows += [(k.replace("_", " "), as_number(v)) for k, v in truth.items() if _is_number(v)]
+    rows = [("strength that was asked for", as_number(truth.get("strength")))]
+    if edge.get("planted_bps") is not None:
+        trades = f"{edge.get('n', 0):,} {edge.get('basis', 'trades')}"
+        rows += [
+            (f"promised by the hidden truth for these {trades}, bps each", edge["planted_bps"]),
+            ("found before costs, bps each", as_number(edge.get("gross_bps_per_trade"))),
+            ("found after costs, bps each", as_number(edge.get("net_bps_per_trade"))),
+        ]
     return pd.DataFrame(rows, columns=["quantity", "value"])
-
-
-def _is_number(value: Any) -> bool:
-    "Tell whether a value is a plain number"
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 # %% ../../nbs/ops/11_tables.ipynb #b13c09d9
 def parity_text(
@@ -228,16 +254,17 @@ def identity_rows(
 # %% ../../nbs/ops/11_tables.ipynb #210b9bea
 def settings_rows(
     e: Evidence,  # One run
-) -> pd.DataFrame:  # setting, value, and where it came from when that was recorded
+) -> pd.DataFrame:  # setting, value, and where it came from when that is known
     "List the settings of the run"
-    recorded = e.facts.get("settings")
-    if isinstance(recorded, list) and recorded:
-        frame = pd.DataFrame(recorded)
-        return frame[[c for c in ("name", "value", "source", "where") if c in frame]]
     flat = [
         (f"{section}.{key}", str(value))
         for section, keys in e.run["settings"].items()
-        if isinstance(keys, dict) and section != "secrets"
+        if section not in ("secrets", "paths")
         for key, value in keys.items()
     ]
-    return pd.DataFrame(flat, columns=["name", "value"])
+    frame = pd.DataFrame(flat, columns=["setting", "value"])
+    now = load_settings()
+    if now.hash == e.run["settings_hash"]:  # nothing that matters has changed since
+        origins = {o.name: o.where or o.source for o in now.origins()}
+        frame["came from"] = [origins.get(name, "") for name in frame.setting]
+    return frame
