@@ -231,7 +231,7 @@ def backtest_both(
             run_id = start_run(journal, "backtest", settings, venue, symbol, version)
             given = (settings, feed, rows, model.predictor, model.block, run_tag(run_id), stage)
             ruled = replay(*given)
-            record_backtest(settings, ruled, journal, run_id)
+            record_backtest(ruled, journal, run_id)
         stage.rows = len(rows)
         if model.predictor is None:
             return ruled, None

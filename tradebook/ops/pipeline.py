@@ -32,7 +32,7 @@ from ..market.store import DAY_NS, Store
 from .progress import Stage, Stages
 from ..policy.rules import rules_from
 from ..trader.feed import StoreFeed
-from ..trader.loop import RunLog, count_books, run_tag
+from ..trader.loop import count_books, fill_row, order_row, run_tag
 from ..trader.session import choose_model
 from ..trader.states import SymbolState
 from ..training.model import fit_direction
@@ -54,9 +54,7 @@ def collect_events(
         np.searchsorted(last, np.arange(batch, len(events) + batch, batch)).clip(max=len(last) - 1)
     ]
     pieces = np.split(events, np.unique(cuts)[:-1])
-    collector = Collector(
-        Store(root / "market"), of, root / "segments", segment_s=86_400, sync_s=60
-    )
+    collector = Collector(Store(root / "market"), of, root / "segments", sync_s=60)
     watch = stage and (lambda n: stage.update(n, len(events)))
     found = collect(pieces, collector, watch)
     return {k: v for k, v in found.items() if k != "parts"}
@@ -266,20 +264,14 @@ def open_stretch(
 
 
 def record_backtest(
-    settings: Settings,  # In force
     done: Backtested,  # A replay whose order names carry the run's tag
     journal: Journal,  # Where to write
     run_id: str,  # The run, already begun
 ):
     "Write a backtest's decisions, orders and fills into the journal"
-    log = RunLog(journal, run_id, settings.trader.journal_flush_rows)
-    for row in done.result.decisions:
-        log.decision(row)
-    log.flush()
-    for intent in done.result.orders:
-        log.intent(intent)
-    for fill in done.result.fills:
-        log.fill(fill)
+    journal.record_decisions(run_id, done.result.decisions)
+    orders, fills = done.result.orders, done.result.fills
+    journal.record_replay(run_id, [order_row(o) for o in orders], [fill_row(f) for f in fills])
     counts = {"n_events": len(done.feed.events), "n_book_messages": count_books(done.feed.events)}
     counts["n_rows"] = len(done.features)
     counts["n_predictions"] = sum(row["p_up"] is not None for row in done.result.decisions)
@@ -306,6 +298,6 @@ def backtest_symbol(
         done = replay(
             settings, feed, features, model.predictor, model.block, run_tag(run_id), stage
         )
-        record_backtest(settings, done, journal, run_id)
+        record_backtest(done, journal, run_id)
     facts = {"run_id": run_id, "model_version": version, **done.facts}
     return Backtested(done.result, facts, feed, features, run_id)
