@@ -14,6 +14,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+from fastcore.basics import patch
 
 from ..base.errors import DataError
 from ..market.events import EVENT, empty_events
@@ -137,15 +138,21 @@ class SegmentWriter:
         os.fsync(self._handle)
         self._synced = time.monotonic()
 
-    def close(self):
-        "Force everything to the disk and let go of the file"
-        if self._handle is not None:
-            self.sync()
-            os.close(self._handle)
-            self._handle = None
+# %% ../../nbs/collector/00_segments.ipynb #e6d9ac33
+@patch
+def close(self: SegmentWriter):
+    "Force everything to the disk and let go of the file"
+    if self._handle is not None:
+        self.sync()
+        os.close(self._handle)
+        self._handle = None
 
-    def __enter__(self):
-        return self
 
-    def __exit__(self, *failure):
-        self.close()
+@patch
+def __enter__(self: SegmentWriter):
+    return self
+
+
+@patch
+def __exit__(self: SegmentWriter, *failure):
+    self.close()
