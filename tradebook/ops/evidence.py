@@ -6,7 +6,9 @@
 __all__ = ['find_run', 'trades_from_journal', 'Evidence', 'read_facts', 'gather', 'example']
 
 # %% ../../nbs/ops/09_evidence.ipynb #4d84dd1a
+import atexit
 import json
+import shutil
 import tempfile
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -201,5 +203,6 @@ def example() -> tuple[Path, Path]:  # Data root and the JSON file with more
     from tradebook.ops.demo import run_demo
 
     folder = Path(tempfile.mkdtemp(prefix="tradebook-example-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     run_demo(out=folder, duration_s=7200, is_report_made=False)
     return folder / "data", folder / "demo.json"
