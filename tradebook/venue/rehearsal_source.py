@@ -113,12 +113,13 @@ class Pace:
             return 1 << 62
         return self.source_ns + int(passed * self.speed)
 
-    def stamp(self, source_ns: int) -> int:
-        "Time to write on the wire, ns UTC"
+    def stamp(self, source_ns):
+        "Time to write on the wire, ns UTC; arrays too"
         if not self.is_shifted:
             return source_ns
-        since = source_ns - self.source_ns
-        return self.wall_ns + int(since / self.speed if since > 0 else since)
+        since = np.asarray(source_ns, np.int64) - self.source_ns
+        passed = np.where(since > 0, since / self.speed, since).astype(np.int64)
+        return passed + self.wall_ns if np.ndim(source_ns) else int(passed) + self.wall_ns
 
     def turn(self, speed: float, wall_ns: int):
         "Change the speed at a moment, without a jump"
@@ -132,7 +133,8 @@ class Update:
 
     listing: int  # Number of the market
     rows: np.ndarray  # Its rows of EVENT
-    stamp_ns: int  # Venue time to write on the wire, ns UTC
+    stamp_ns: int  # When it is sent, ns UTC
+    event_ns: np.ndarray  # When each row happened at the venue, (n,), ns UTC
 
 
 class Source:
@@ -182,4 +184,6 @@ class Source:
             self.cursor, taken = self.cursor + 1, taken + 1
             apply_events(self.books[number], self.listings[number].events, start, stop)
             rows = self.listings[number].events[start:stop]
-            yield Update(number, rows, self.pace.stamp(ts + self.offset_ns))
+            event_ns = np.where(rows["ts_event"] > 0, rows["ts_event"], rows["ts_recv"])
+            stamps = self.pace.stamp(event_ns + self.offset_ns)
+            yield Update(number, rows, self.pace.stamp(ts + self.offset_ns), stamps)
