@@ -106,7 +106,7 @@ def new_state(
     )
 
 # %% ../../nbs/features/07_kernel.ipynb #f58489c4
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, no_cfunc_wrapper=True)
 def forget(
     state: State,  # Changed in place
     ts: int,  # When this became known, receive time, ns
@@ -115,13 +115,13 @@ def forget(
     state.clock[SINCE] = state.clock[BEAT] + 1
     state.clock[IS_USABLE] = 0
     state.stamps[RESET] = ts
-    state.fresh[:] = 0
-    state.sums[:] = 0.0
-    state.depth[:] = 0.0
+    state.fresh.fill(0)
+    state.sums.fill(0.0)
+    state.depth.fill(0.0)
     state.tape[0], state.tape[1] = -1, 0
 
 # %% ../../nbs/features/07_kernel.ipynb #ee977bd0
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, no_cfunc_wrapper=True)
 def on_gap(
     state: State,  # Changed in place
     ts: int,  # First receive time after the hole, ns
@@ -136,7 +136,7 @@ def on_gap(
     forget(state, ts)
 
 # %% ../../nbs/features/07_kernel.ipynb #fa513229
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, no_cfunc_wrapper=True)
 def on_book(
     book: Book,  # As it stands at the end of the message
     state: State,  # Changed in place
@@ -161,7 +161,7 @@ def on_book(
     clock[MID_NOW] = now[0, 0] + now[2, 0]
 
 # %% ../../nbs/features/07_kernel.ipynb #24e2b56a
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, no_cfunc_wrapper=True)
 def on_beat(
     state: State,  # Changed in place
     ts: int,  # Time of the beat, ns
@@ -184,7 +184,7 @@ def on_beat(
         state.ring[beat & (len(state.ring) - 1), k] = totals[k]
 
 # %% ../../nbs/features/07_kernel.ipynb #ca72f3e8
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, no_cfunc_wrapper=True)
 def emit_row(
     book: Book,  # As it stands at the row's time
     state: State,  # The beat of the row's time has passed
@@ -199,7 +199,7 @@ def emit_row(
     row.bid_ticks, row.bid_lots, row.ask_ticks, row.ask_lots = s[0, 0], s[1, 0], s[2, 0], s[3, 0]
     row.segment, row.status = clock[SEGMENT], book_status(book)
     if not clock[IS_USABLE]:
-        x[:] = np.nan
+        x.fill(np.nan)
         return
     beat, seen, rate = clock[BEAT], clock[BEAT] - clock[SINCE], NS_PER_S // clock[BEAT_NS]
     typical = typical_size(state.depth)
@@ -211,7 +211,7 @@ def emit_row(
     emit_timing(x, at, ts, stamps, ring, beat, seen, rate)
 
 # %% ../../nbs/features/07_kernel.ipynb #2d039592
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, no_cfunc_wrapper=True)
 def advance(
     book: Book,  # As it stands
     state: State,  # Changed in place
@@ -235,7 +235,7 @@ def advance(
     return n
 
 # %% ../../nbs/features/07_kernel.ipynb #188155d0
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, no_cfunc_wrapper=True)
 def run(
     book: Book,  # Changed in place
     events: np.ndarray,  # Rows of EVENT, ordered by ts_recv

@@ -13,7 +13,7 @@ from .price import since, window_lag
 from .schema import WINDOWS_S
 
 # %% ../../nbs/features/04_tape.ipynb #e58530c3
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, no_cfunc_wrapper=True)
 def aggressor(
     side: int,  # What the venue says: +1 buyer, -1 seller, 0 does not say
     price_ticks: int,  # Price of the trade, ticks
@@ -34,7 +34,7 @@ def aggressor(
 SIGNED, VOLUME, TRADES = 1, 2, 3  # ring columns: lots bought minus sold, lots, number of trades
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, no_cfunc_wrapper=True)
 def tape_step(
     totals: np.ndarray,  # Totals since the start, (columns,) int64; changed in place
     tape: np.ndarray,  # (2,) int64: price of the last trade, sign of its last change; changed
@@ -54,7 +54,7 @@ def tape_step(
     tape[0], tape[1] = price_ticks, change
 
 # %% ../../nbs/features/04_tape.ipynb #8e743c68
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, no_cfunc_wrapper=True)
 def rate(
     column: np.ndarray,  # One column of the ring
     beat: int,  # Number of the present beat
@@ -65,7 +65,7 @@ def rate(
     return since(column, beat, lag) * per_second / lag if lag > 0 else np.nan
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, no_cfunc_wrapper=True)
 def _share(ring, beat, lag):
     "Give signed over traded lots in a window; 0 without trades, NaN while warming up"
     if lag < 0:
@@ -74,7 +74,7 @@ def _share(ring, beat, lag):
     return since(ring[:, SIGNED], beat, lag) / volume if volume > 0 else 0.0
 
 # %% ../../nbs/features/04_tape.ipynb #03989649
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, no_cfunc_wrapper=True)
 def emit_tape(
     x: np.ndarray,  # The row being written, (F,) float64
     at: int,  # First position of this family

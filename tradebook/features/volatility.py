@@ -19,7 +19,7 @@ SQUARES, SEEN = 4, 5  # ring columns: squared one-second moves, and the number o
 BIGGEST_MOVE = 2**20  # half ticks a second; with a tick of 0.1 that is 52,000 in price
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, no_cfunc_wrapper=True)
 def volatility_beat(
     totals: np.ndarray,  # Totals since the start, (columns,) int64; changed in place
     ring: np.ndarray,  # Totals, one row a beat; the present beat is not yet in it
@@ -35,7 +35,7 @@ def volatility_beat(
         totals[SEEN] += 1
 
 # %% ../../nbs/features/05_volatility.ipynb #23685152
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, no_cfunc_wrapper=True)
 def forget_hole(
     totals: np.ndarray,  # Totals since the start, (columns,) int64; changed in place
     ring: np.ndarray,  # Totals, one row a beat; changed in place
@@ -56,7 +56,7 @@ def forget_hole(
 MIN_SEEN_S = 4  # observed seconds a window must hold
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, no_cfunc_wrapper=True)
 def volatility_bps(
     ring: np.ndarray,  # Totals, one row a beat
     beat: int,  # Number of the present beat
@@ -72,7 +72,7 @@ def volatility_bps(
     return 1e4 * math.sqrt(variance) / total_at(ring[:, MID], beat)
 
 # %% ../../nbs/features/05_volatility.ipynb #2b70deeb
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, no_cfunc_wrapper=True)
 def emit_volatility(
     x: np.ndarray,  # The row being written, (F,) float64
     at: int,  # First position of this family
