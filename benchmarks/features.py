@@ -4,7 +4,7 @@ The peers cannot keep a book, so all three are given what the kernel derives fro
 level size, order-flow pressure, trades, counts) and compute the windows. The first row of the result is the whole pass
 from raw events, book included, which has no peer here.
 
-    python benchmarks/features.py [--json] [--seconds 14400] [--rounds 5]
+    python benchmarks/features.py [--json] [--seconds 14400] [--rounds 9]
 """
 
 import argparse
@@ -179,15 +179,16 @@ def same(ours, theirs, who):
     return len(theirs.columns)
 
 
-def timed(f, rounds):
-    "Median seconds of a few runs, after one to warm up"
-    f()
-    took = []
-    for _ in range(rounds):
-        t = time.perf_counter()
-        f()
-        took.append(time.perf_counter() - t)
-    return float(np.median(took))
+def timed(rounds, *functions):
+    "Median seconds of each function, in alternating rounds after one to warm up"
+    took = [[] for _ in functions]
+    for k in range(rounds + 1):
+        for f, seconds in zip(functions, took, strict=True):
+            t = time.perf_counter()
+            f()
+            if k:
+                seconds.append(time.perf_counter() - t)
+    return [float(np.median(seconds)) for seconds in took]
 
 
 def cold_start_s():
@@ -251,7 +252,7 @@ def main():
     "Measure and print"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=int, default=14_400, help="length of the market")
-    parser.add_argument("--rounds", type=int, default=5, help="runs to take the median of")
+    parser.add_argument("--rounds", type=int, default=9, help="runs to take the median of")
     parser.add_argument("--json", action="store_true", help="one object a row")
     args = parser.parse_args()
     market = synthetic_market(seed=7, duration_s=args.seconds)
@@ -264,10 +265,13 @@ def main():
     names, out = with_ours(derived)
     alone = {name: out[:, k] for k, name in enumerate(names)}
     n = [same(o, p, who) for who, p in peers.items() for o in (kernel, alone)]
-    pass_s = timed(lambda: build_features(events, of), args.rounds)
-    ours_s = timed(lambda: with_ours(derived), args.rounds)
-    pandas_s = timed(lambda: with_pandas(frame), args.rounds)
-    polars_s = timed(lambda: with_polars(lazy), args.rounds)
+    pass_s, ours_s, pandas_s, polars_s = timed(
+        args.rounds,
+        lambda: build_features(events, of),
+        lambda: with_ours(derived),
+        lambda: with_pandas(frame),
+        lambda: with_polars(lazy),
+    )
     head = {
         "events": len(events), "beats": len(frame), "columns_compared": min(n),
         "equal_to": 1e-6, "rounds": args.rounds, "python": platform.python_version(),
