@@ -15,10 +15,12 @@ def typical_stretch_s(
     start_ns: int,  # First event, ns UTC
     end_ns: int,  # Last event, ns UTC
     holes: list[tuple[int, int]],  # (start_ns, end_ns) of each, oldest first
-) -> float:  # Median time without a hole, seconds
+) -> float:  # Half of the time lies in stretches at least this long, seconds
     "Tell how long the recording usually runs before it breaks"
     edges = np.array([start_ns, *(t for hole in holes for t in hole), end_ns], np.int64)
-    return float(np.median(edges[1::2] - edges[::2]) / 1e9)
+    lengths = np.sort(edges[1::2] - edges[::2])[::-1]
+    half = np.searchsorted(np.cumsum(lengths), lengths.sum() / 2)
+    return float(lengths[half] / 1e9)
 
 # %% ../../nbs/ops/12_recording.ipynb #7faf486a
 HORIZONS_S = (30.0, 20.0, 10.0, 5.0)  # Tried from the longest
