@@ -75,6 +75,16 @@ class Step(NamedTuple):
             raise OffGridError(f"number must be 0 to {most} times {step}, was {text!r}")
         return count
 
+    def size(self, text: str) -> int:
+        "Count the steps of a size; one between two steps goes to the nearer, and never to zero"
+        try:
+            return self.units(text)
+        except OffGridError:
+            near = self.nearest(text)
+            if near < 0 or (near == 0 and text.startswith("-")):
+                raise
+            return max(near, 1)
+
     def nearest(self, text: str) -> int:
         "Count the steps nearest to a decimal, which may lie between and below zero"
         mantissa, power = parse_decimal(text)
@@ -155,7 +165,7 @@ def book_events(
         if type(levels) is not list or not all(type(level) is list for level in levels):
             raise DataError(f"levels must be lists of price and size, were {str(levels)[:60]}")
         rows += [
-            (*head, lot.units(size), tick.units(price, MAX_TICKS), flags, KIND_LEVEL, side)
+            (*head, lot.size(size), tick.units(price, MAX_TICKS), flags, KIND_LEVEL, side)
             for price, size in levels
         ]
     return close_rows(rows)
@@ -170,7 +180,7 @@ def trade_events(
     tick, lot = market.tick, market.lot
     return close_rows(
         [
-            (ts, ts_recv, seq, lot.units(size), tick.units(price, MAX_TICKS), 0, KIND_TRADE, side)
+            (ts, ts_recv, seq, lot.size(size), tick.units(price, MAX_TICKS), 0, KIND_TRADE, side)
             for ts, seq, side, price, size in trades
         ]
     )
@@ -188,7 +198,7 @@ def quote_events(
     for side, level in ((1, bid), (-1, ask)):
         if level is not None:
             price, size = level
-            ticks, lots = market.tick.units(price, MAX_TICKS), market.lot.units(size)
+            ticks, lots = market.tick.units(price, MAX_TICKS), market.lot.size(size)
             rows.append((*times, sequence, lots, ticks, 0, KIND_QUOTE, side))
     return close_rows(rows)
 
