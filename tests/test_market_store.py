@@ -168,38 +168,6 @@ def test_a_writer_killed_at_any_step_leaves_all_or_nothing(tmp_path, step):
     ]
 
 
-BUSY_DAY = """
-import resource, sys
-import numpy as np
-from tradebook.market.events import EVENT, FLAG_LAST, KIND_LEVEL
-from tradebook.market.instruments import instrument
-from tradebook.market.store import DAY_NS, Store
-
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-rng = np.random.default_rng(1)
-n = 12_000_000
-events = np.empty(n, EVENT)
-events["ts_recv"] = 20_000 * DAY_NS + np.arange(n) * (DAY_NS // n // 2)
-events["ts_event"] = events["ts_recv"] - 5_000_000
-events["sequence"] = np.arange(n) // 5
-events["size_lots"] = rng.integers(0, 5000, n, dtype=np.int32)
-events["price_ticks"] = 600_000 + rng.integers(-99, 99, n, dtype=np.int32)
-events["flags"], events["kind"], events["side"] = FLAG_LAST, KIND_LEVEL, 1
-before = peak()
-Store(sys.argv[1]).write(events, instrument("synthetic", "SYN/USDT:USDT"), "a busy day")
-print(peak() - before)
-"""
-
-
-@pytest.mark.slow
-def test_a_busy_day_is_written_within_a_gibibyte(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", BUSY_DAY, str(tmp_path)], capture_output=True, text=True, check=True
-    )
-    assert float(done.stdout) < 1024
-    assert sum(p.n_rows for p in Store(tmp_path).parts()) == 12_000_000
-
-
 def test_what_is_no_stream_is_not_stored(tmp_path):
     events = events_at(START + np.arange(5))
     check_events(events)
