@@ -100,13 +100,9 @@ class BinanceDecoder(BookDecoder):
     def __init__(self, instruments):
         super().__init__(instruments)
         self.joins = {id: DepthJoin() for id in self.markets}
-        self._takers = {
-            "bookTicker": self._quote,
-            "markPriceUpdate": self._mark,
-            "kline": self._candle,
-        }
-        self._takers |= {"depthUpdate": self._depth}
+        self._takers = {"depthUpdate": self._depth, "bookTicker": self._quote}
         self._takers |= {"trade": self._trade, "aggTrade": self._trade}
+        self._takers |= {"markPriceUpdate": self._mark, "kline": self._candle}
 
     def reset(self, symbol_id=None):
         super().reset(symbol_id)
@@ -124,33 +120,6 @@ class BinanceDecoder(BookDecoder):
         market, unknown = self._market(data["s"])
         return unknown or self._takers[kind](market, data, ts_recv)
 
-    def _depth(self, market, data, ts_recv):
-        "Take one change of a book"
-        line, symbol = self.lines[market.id], market.of.symbol
-        try:
-            first, last, previous = (whole(data[k]) for k in self._ids)
-            ts_venue = time_ns(data["E"])
-            times = (time_ns(data.get("T", data["E"])), ts_recv)
-            rows = book_events(market, data["b"], data["a"], times, last)
-        except UNREADABLE as error:
-            self.joins[market.id].clear()
-            self.joins[market.id].is_asked = True
-            return [self._unreadable_book(market, ts_recv, error)]
-        change, known = (first, last, previous, rows), line.state[0]
-        if not line.is_alive:
-            action = "resync" if self.joins[market.id].keep(change) else ""
-            return [
-                Decoded(symbol, "book", action=action, code=WireCode.NO_BOOK, ts_venue=ts_venue)
-            ]
-        if (verdict := line.check(first, last, previous)) == "gap":
-            self.joins[market.id].keep(change)
-            detail = f"a change from {known} must follow, was {first} to {last}, after {previous}"
-            return [self._broken(market, ts_recv, WireCode.SEQ_GAP, detail, ts_venue)]
-        if verdict != "ok":
-            return [Decoded(symbol, "book", code=WireCode.SEQ_DUP, ts_venue=ts_venue)]
-        line.seen(ts_recv)
-        return [Decoded(symbol, "book", rows, ts_venue=ts_venue)]
-
     def _answer(self, content):
         "Read an answer to a request of ours"
         if "error" in content or "code" in content:
@@ -158,6 +127,33 @@ class BinanceDecoder(BookDecoder):
             return Decoded("", "control", code=WireCode.WS_SUB_REJECTED, detail=detail)
         code = WireCode.SUBSCRIBED if content.get("result", 0) is None else WireCode.UNKNOWN_TOPIC
         return Decoded("", "control", code=code, detail=str(content)[:80])
+
+# %% ../../nbs/venue/06_binance.ipynb #da71629f
+@patch
+def _depth(self: BinanceDecoder, market, data, ts_recv):
+    "Take one change of a book"
+    line, symbol = self.lines[market.id], market.of.symbol
+    try:
+        first, last, previous = (whole(data[k]) for k in self._ids)
+        ts_venue = time_ns(data["E"])
+        times = (time_ns(data.get("T", data["E"])), ts_recv)
+        rows = book_events(market, data["b"], data["a"], times, last)
+    except UNREADABLE as error:
+        self.joins[market.id].clear()
+        self.joins[market.id].is_asked = True
+        return [self._unreadable_book(market, ts_recv, error)]
+    change, known = (first, last, previous, rows), line.state[0]
+    if not line.is_alive:
+        action = "resync" if self.joins[market.id].keep(change) else ""
+        return [Decoded(symbol, "book", action=action, code=WireCode.NO_BOOK, ts_venue=ts_venue)]
+    if (verdict := line.check(first, last, previous)) == "gap":
+        self.joins[market.id].keep(change)
+        detail = f"a change from {known} must follow, was {first} to {last}, after {previous}"
+        return [self._broken(market, ts_recv, WireCode.SEQ_GAP, detail, ts_venue)]
+    if verdict != "ok":
+        return [Decoded(symbol, "book", code=WireCode.SEQ_DUP, ts_venue=ts_venue)]
+    line.seen(ts_recv)
+    return [Decoded(symbol, "book", rows, ts_venue=ts_venue)]
 
 # %% ../../nbs/venue/06_binance.ipynb #e4353ce6
 @patch

@@ -87,7 +87,8 @@ class Continuity:
         verdict = judge(self.rule, self.state, first, last, previous) if self.is_alive else GAP
         if verdict == OK:
             self.state[:2] = last, 0
-        self.counts[VERDICTS[verdict]] += 1
+        if verdict != OK:
+            self.counts[VERDICTS[verdict]] += 1
         return VERDICTS[verdict]
 
     def seen(self, ts_recv: int) -> None:
