@@ -144,7 +144,7 @@ class Faults:
         ]
 
 # %% ../../nbs/venue/23_rehearsal_faults.ipynb #f7412341
-_TIMES = ("ts", "cts", "T", "timestamp")
+_TIMES = ("ts", "cts", "T", "E", "timestamp")
 
 
 def with_times(
@@ -152,20 +152,22 @@ def with_times(
     change,  # Called with each time (ms), gives the new one
 ) -> Frame:  # A new frame
     "Change every time that a frame carries"
-    message = dict(frame.message)
-    rows = message.get("data")
-    if isinstance(rows, list):
-        message["data"] = [
-            {k: change(v) if k in _TIMES else v for k, v in row.items()} for row in rows
-        ]
-    message |= {key: change(message[key]) for key in _TIMES if key in message}
-    return Frame(frame.topic, message)
+
+    def changed(row):
+        return {k: change(v) if k in _TIMES else v for k, v in row.items()}
+
+    message, data = changed(frame.message), frame.message.get("data")
+    if data:
+        message["data"] = (
+            changed(data) if isinstance(data, dict) else [changed(row) for row in data]
+        )
+    return type(frame)(frame.topic, message)
 
 
 def _frozen(fault, frame, market):
     "The time of the first frame that the fault saw"
     fault.n_touched += 1
-    stand = fault.__dict__.setdefault("stand_ms", frame.message["ts"])
+    stand = fault.__dict__.setdefault("stand_ms", frame.time_ms)
     return [with_times(frame, lambda ms: stand)]
 
 
@@ -200,7 +202,7 @@ def _reordered(fault, frame, market):
 # %% ../../nbs/venue/23_rehearsal_faults.ipynb #cb872f82
 def _crossed(fault, frame, market):
     "Add a bid above the ask; take it away after the last one"
-    if frame.message.get("type") != "delta":
+    if not frame.is_delta:
         return [frame]
     if frame.topic not in fault.notes:
         count = fault.count or 3
@@ -214,7 +216,7 @@ def _crossed(fault, frame, market):
     fault.notes[frame.topic][1] -= 1
     if not left:
         del fault.notes[frame.topic]
-    return [Frame(frame.topic, {**frame.message, "data": {**data, "b": bids}})]
+    return [type(frame)(frame.topic, {**frame.message, "data": {**data, "b": bids}})]
 
 
 WAYS = {
@@ -232,7 +234,7 @@ def _damaged(fault, frame, market):
     if way not in WAYS:
         raise DataError(f"way must be one of {list(WAYS)}, was {way!r}")
     fault.n_touched += 1
-    return [Frame(frame.topic, frame.message, WAYS[way](orjson.dumps(frame.message)))]
+    return [type(frame)(frame.topic, frame.message, WAYS[way](orjson.dumps(frame.message)))]
 
 
 _FRAME_FAULTS = {

@@ -66,6 +66,16 @@ class Frame:
         "The venue's name of the market"
         return self.topic.rpartition(".")[2]
 
+    @property
+    def is_delta(self) -> bool:
+        "It changes a book that was told before"
+        return self.message.get("type") == "delta"
+
+    @property
+    def time_ms(self) -> int:
+        "When it was made, venue's clock"
+        return self.message["ts"]
+
     def encode(self) -> bytes:
         "JSON as sent"
         if not self.text:
