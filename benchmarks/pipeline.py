@@ -5,6 +5,7 @@ Peers: LightGBM's own Booster.predict for the single row; the other steps have n
 
 from functools import partial
 
+import lightgbm
 import numpy as np
 from common import header, options, rate_row, show, take_turns
 
@@ -50,7 +51,7 @@ def main(folder):
     events, features = market.events, build_features(market.events, market.instrument)
     predictor = trained(market, features, settings, folder)
     x = np.ascontiguousarray(features.x[features.n_nan == 0][:1000])
-    booster = predictor._booster
+    booster = lightgbm.Booster(model_str=predictor.model.text)
     p, edge = predictor.predict(np.nan_to_num(features.x))
     rules = rules_from(settings, market.instrument)
     trade = partial(
