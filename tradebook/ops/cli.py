@@ -66,7 +66,7 @@ def _write(text: str, stream=None):
 def _fail(error: BaseException, is_json: bool) -> int:
     "Report a failure; gives the exit code"
     if isinstance(error, KeyboardInterrupt):
-        code, advice, text = 130, "what was finished is kept; call it again", "stopped by Ctrl-C"
+        code, advice, text = 130, "what was finished is kept; call it again", "stopped"
     else:
         code, advice = exit_code(error)
         text = str(error) or type(error).__name__
@@ -192,7 +192,6 @@ def demo(
 ) -> Answer:
     "Take a market from raw events to a diagnosed paper trade, in one go."
     from tradebook.ops.demo import demo_text, run_demo
-
     from tradebook.ops.progress import Stages
 
     stages = Stages(is_shown=False if is_json else None)
@@ -422,11 +421,18 @@ def _front(
         raise typer.Exit(0)
 
 
+def _stop(*_):
+    "Let a termination end like Ctrl-C: in order"
+    raise KeyboardInterrupt
+
+
 def main():
     "Run the command line"
     import os
+    import signal
 
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    signal.signal(signal.SIGTERM, _stop)
     try:
         app()
     except KeyboardInterrupt:

@@ -137,12 +137,14 @@ def _begin(journal: Journal, settings: Settings, venue: str, symbol: str, model)
 
 def _record_failure(journal: Journal, run_id: str, error: BaseException):
     "Write down why a run ended early"
-    is_timeout = isinstance(error, StartupError)
-    code = Cause.STARTUP_TIMEOUT if is_timeout else Cause.INTERNAL_ERROR
-    code = type(error).__name__ if isinstance(error, TradebookError) and not is_timeout else code
-    detail = {"error": str(error), "kind": type(error).__name__}
+    kind = type(error).__name__
+    code = Cause.STARTUP_TIMEOUT if isinstance(error, StartupError) else Cause.INTERNAL_ERROR
+    if isinstance(error, (TradebookError, KeyboardInterrupt)) and code is Cause.INTERNAL_ERROR:
+        code = kind  # foreseen: its own name says more
+    detail = {"error": str(error) or kind, "kind": kind}
     journal.record_event(run_id, WallClock().now_ns(), str(code), detail)
-    journal.finish_run(run_id, "failed", detail)
+    status = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
+    journal.finish_run(run_id, status, detail)
 
 # %% ../../nbs/trader/04_session.ipynb #8ac06ec0
 def trade_paper(
@@ -164,7 +166,7 @@ def trade_paper(
     try:
         steps = startup_steps(settings, venue, symbol, start_ns, stop_ns)
         run_steps(steps, settings.trader.startup_deadline_s, on_step, found)
-    except Exception as error:
+    except (KeyboardInterrupt, Exception) as error:
         if "journal" in found:
             run_id = _begin(found["journal"], settings, venue, symbol, None)
             _record_failure(found["journal"], run_id, error)
