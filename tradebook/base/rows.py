@@ -84,6 +84,7 @@ class Database:
         place: str | Path,  # A file for SQLite, or an address with "://"
     ):
         self._engine = open_tables(place)
+        self._shared: Connection | None = None  # of `together`
 
     def close(self):
         "Let go of the database"
@@ -101,6 +102,9 @@ class Database:
     @contextmanager
     def _write(self, is_durable: bool = True) -> Iterator[Connection]:
         "Write several rows together: all of them or none"
+        if self._shared is not None:
+            yield self._shared
+            return
         try:
             with self._engine.begin() as connection:
                 if self._engine.dialect.name == "sqlite":
@@ -117,3 +121,13 @@ class Database:
         "Read rows as dictionaries"
         with self._engine.connect() as connection:
             return [dict(row) for row in connection.execute(query).mappings()]
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        "Put all writes of a block into one transaction; not durable, and of one thread"
+        with self._write(is_durable=False) as connection:
+            self._shared = connection
+            try:
+                yield
+            finally:
+                self._shared = None

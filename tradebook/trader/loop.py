@@ -145,12 +145,13 @@ def book_fills(
 ):
     "Book fills, and close the record of every order that ended"
     self.desk.settle(fills, len(self.venue.pending))
-    for fill in fills:
-        self.log.fill(fill)
-        self.open_orders.discard(fill.client_order_id)
     if fills:
         symbol, account = self.desk.rules.of.symbol, asdict(self.desk.account)
-        self.log.journal.save_position(self.log.run_id, symbol, account)
+        with self.log.journal.together():  # a fill without its position would be half the truth
+            for fill in fills:
+                self.log.fill(fill)
+            self.log.journal.save_position(self.log.run_id, symbol, account)
+        self.open_orders -= {fill.client_order_id for fill in fills}
     if self.open_orders and not self.venue.pending:
         for name in sorted(self.open_orders):
             self.log.ended(name, ts, "unfilled")
