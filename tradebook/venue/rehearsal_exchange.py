@@ -185,7 +185,7 @@ def subscribe(self: Exchange, socket: Socket, category: str, topics: list[str]):
             elif wait is not None:
                 socket.put(frame.encode())
 
-
+# %% ../../nbs/venue/26_rehearsal_exchange.ipynb #34b150d0
 @patch
 def step(self: Exchange, now_ns: int, limit: int) -> int:
     "Say what has become due; gives the number of messages taken"
