@@ -51,6 +51,7 @@ from tradebook.ops.pipeline import (
 from .progress import Stage, Stages, heard
 from .recording import fit_settings
 from .runner import new_folder, run_report
+from .warming import Warming
 from ..trader.loop import run_tag
 from ..trader.session import choose_model
 from ..trader.states import SymbolState, choose_market
@@ -319,8 +320,12 @@ def run_demo(
     folder = prepare_folder(Path(out) if out else None, given)
     root = folder / "data"
     settings = given.with_overrides({"paths.data": str(root)})
-    made = {"seed": seed, "strength": strength, "duration_s": duration_s}
-    truth, imports = fill_store(root, Path(data) if data else None, stages, **made)
+    made, warming = {"seed": seed, "strength": strength, "duration_s": duration_s}, Warming()
+    try:
+        truth, imports = fill_store(root, Path(data) if data else None, stages, **made)
+        warming.wait()
+    finally:
+        warming.stop()
     row = choose_market(Store(root / "market"), symbol=symbol)
     share = 2 / 3 if truth is not None else 0.6
     split_ns, fitted = split_time(row["start_ns"], row["end_ns"], share), []
