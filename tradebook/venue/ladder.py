@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Ladder', 'pairs', 'text_of', 'reachable', 'seconds_ns', 'TradeNumbers', 'LadderDecoder', 'climb', 'deletions',
-           'begin_book', 'apply_change']
+           'begin_book', 'apply_change', 'follow_numbers']
 
 # %% ../../nbs/venue/08_ladder.ipynb #4ab6fe54
 from bisect import bisect_left, insort
@@ -267,3 +267,29 @@ def apply_change(
     decoder.repeats[id], decoder.times[id] = decoder.frame, times[0]
     line.seen(times[1])
     return Decoded(symbol, "book", rows, ts_venue=times[0])
+
+# %% ../../nbs/venue/08_ladder.ipynb #11cd03b9
+def follow_numbers(
+    decoder: BookDecoder,  # Whose lines count
+    market: Market,  # The market of the frame
+    rows: np.ndarray,  # The message as rows of EVENT, perhaps none
+    numbers: tuple[int, int],  # First and last number that the message covers
+    times: tuple[int, int],  # Venue's time and receive time, ns UTC
+    is_snapshot: bool = False,  # True when the rows are a whole book
+) -> Decoded:  # The message, or why it is not applied
+    "Judge one message of a numbered book"
+    line, symbol, (ts_venue, ts_recv) = decoder.lines[market.id], market.of.symbol, times
+    if is_snapshot:
+        events = np.concatenate([line.begin(numbers[1], ts_recv), rows])
+        return Decoded(symbol, "book", events, ts_venue=ts_venue)
+    if not line.is_alive:
+        return Decoded(symbol, "book", code=WireCode.NO_BOOK, ts_venue=ts_venue)
+    known = int(line.state[0])
+    verdict = line.check(*numbers)
+    if verdict == "duplicate":
+        return Decoded(symbol, "book", code=WireCode.SEQ_DUP, ts_venue=ts_venue)
+    if verdict != "ok":
+        words = f"number must be {known + 1}, was {numbers[0]}"
+        return decoder._broken(market, ts_recv, WireCode.SEQ_GAP, words, ts_venue)
+    line.seen(ts_recv)
+    return Decoded(symbol, "book", rows, ts_venue=ts_venue)
