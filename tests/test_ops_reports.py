@@ -22,6 +22,7 @@ FLAGS = [
     "--disable-sync",
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
 ]
+MARK = ".overplot .trace path"  # A bar, a line or a point that plotly has drawn
 REPORTS = ("backtest", "diagnosis")
 FIGURE = """
 import plotly.graph_objects as go
@@ -63,24 +64,21 @@ def small(tmp_path):
 
 
 def looked_at(browser, page_path, width=1280, height=900):
-    "Open a page, scroll through it, and say what it asked for and what it drew"
+    "Open a page, bring each figure on the screen, and say what the page asked for and what it drew"
     page = browser.new_page(viewport={"width": width, "height": height})
     asked, wrong = [], []
     page.on("request", lambda r: asked.append(r.url))
     page.on("pageerror", lambda e: wrong.append(str(e)))
     page.on("console", lambda m: wrong.append(m.text) if m.type == "error" else None)
     page.goto(f"file://{page_path}")
-    n = page.locator(".figure").count()
-    for y in range(0, page.evaluate("document.documentElement.scrollHeight"), 500):
-        page.evaluate(f"scrollTo(0, {y})")
-        page.wait_for_timeout(30)
-    if n:
-        page.wait_for_function(f"Number(document.body.dataset.drawn) >= {n}", timeout=30_000)
+    figures = page.locator(".figure")
+    for i in range(figures.count()):
+        figures.nth(i).scroll_into_view_if_needed()
+        figures.nth(i).locator(MARK).first.wait_for(state="attached", timeout=60_000)
+    drawn = f"[...document.querySelectorAll('.figure')].filter(f => f.querySelector('{MARK}'))"
     seen = {
-        "figures": n,
-        "plots": page.locator(".figure .main-svg >> nth=0").count() and page.evaluate(
-            "[...document.querySelectorAll('.figure')].filter(f => f.querySelector('.main-svg')).length"
-        ),
+        "figures": figures.count(),
+        "plots": page.evaluate(f"{drawn}.length"),
         "asked": [u for u in asked if not u.startswith(("file:", "data:", "blob:"))],
         "wrong": wrong,
         "wide": page.evaluate("document.documentElement.scrollWidth"),
@@ -137,7 +135,12 @@ def test_first_screen_of_the_diagnosis(browser, reports):
     page.wait_for_function("Number(document.body.dataset.drawn) >= 1", timeout=30_000)
     places = {
         what: page.locator(css).first.bounding_box()
-        for what, css in {"verdict": ".verdict", "tile": ".tile", "funnel": ".figure", "causes": "table"}.items()
+        for what, css in {
+            "verdict": ".verdict",
+            "tile": ".tile",
+            "funnel": ".figure",
+            "causes": "table",
+        }.items()
     }
     text = page.locator("main").inner_text()
     page.close()
@@ -149,7 +152,7 @@ def test_first_screen_of_the_diagnosis(browser, reports):
 
 @pytest.mark.parametrize("name", REPORTS)
 def test_unknown_parameter_is_refused_by_name(tmp_path, name):
-    with pytest.raises(ReportError, match="unknown parameter 'fact'.*did you mean 'facts'"):
+    with pytest.raises(ReportError, match=r"unknown parameter 'fact'.*did you mean 'facts'"):
         run_report(name, {"fact": "x"}, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

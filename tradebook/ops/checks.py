@@ -47,7 +47,7 @@ def check_edge(
 ) -> Check:  # Pass when claimed, fail when shown to lose, warn when the sample cannot tell
     "Is there an edge after costs?"
     if not np.isfinite(net_bps):
-        return Check("Edge", "note", "unknown", "needs closed trades")
+        return Check("Edge", "note", "unknown", "net a trade; needs closed trades")
     known = np.isfinite(low) and np.isfinite(high)
     status = "pass" if is_claimed else "fail" if known and high < 0 else "warn"
     interval = f"95 %: {low:+.2f} to {high:+.2f}" if known else "no interval"
@@ -139,7 +139,9 @@ def verdict(
     "Sum up a run"
     status, headline = _headline(n_trades, net_quote, edge, min_trades)
     if not n_trades:
-        return Verdict(status, headline, "Why not: see the funnel and its causes below.")
+        return Verdict(
+            status, headline, "Nothing was bought or sold: gross, costs and net are zero."
+        )
     detail = (
         f"{n_trades:,} trades. Gross {gross_quote:+,.2f} {quote} ({gross_bps:+.2f} bps a trade), "
         f"costs {gross_quote - net_quote:,.2f} {quote}, net {net_quote:+,.2f} {quote} "
@@ -190,7 +192,7 @@ def _text(text: str) -> str:
     return re.sub(r"(?<![\w.])-(?=\d)", "−", html.escape(text))
 
 # %% ../../nbs/ops/08_checks.ipynb #7596da0a
-_WORDS = {"pass": "pass", "warn": "warn", "fail": "fail", "note": "not measured"}
+_WORDS = {"pass": "pass", "warn": "warn", "fail": "fail", "note": "n/a"}
 
 
 def verdict_html(

@@ -114,7 +114,7 @@ def explain(
     if worst[0]:
         because = f" Most were stopped by {worst[0].cause} ({worst[0].count:,}): {worst[0].meaning}"
     if zero:
-        return f"No trade: nothing came through {zero}.{because}"
+        return f"No trade: the first stage that nothing came through is “{zero}”.{because}"
     filled = counts.get("fills", 0)
     return f"{filled:,} of {n:,} candidates were traded.{because if filled < n else ''}"
 

@@ -112,6 +112,16 @@ def _number(value, form) -> str:
     return html.escape(re.sub(r"^-(?=\d)", "−", text))
 
 # %% ../../nbs/ops/01_html.ipynb #3fc43d97
+_AMOUNT = re.compile(r"[-−+]?[\d,.]+( ?(%|s|ms|bps))?|–?")
+
+
+def _is_amount(column) -> bool:
+    "Tell whether a column of a table holds amounts"
+    if column.dtype.kind in "iuf":
+        return True
+    return len(column) > 0 and all(_AMOUNT.fullmatch(str(v)) for v in column)
+
+# %% ../../nbs/ops/01_html.ipynb #7d4bc6b6
 def table(
     frame,  # DataFrame; the index is not shown
     formats: dict | None = None,  # Column to format text such as "{:.1%}"
@@ -119,8 +129,7 @@ def table(
 ) -> str:  # HTML; numbers right-aligned, unknown values as a dash
     "Write a table that is pleasant to read"
     formats = formats or {}
-    is_number = {c: frame[c].dtype.kind in "iuf" for c in frame}
-    css = {c: ' class="number"' if is_number[c] else "" for c in frame}
+    css = {c: ' class="number"' if _is_amount(frame[c]) else "" for c in frame}
     head = "".join(f"<th{css[c]}>{html.escape(str(c))}</th>" for c in frame)
     rows = []
     for row in frame.itertuples(index=False):

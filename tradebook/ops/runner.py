@@ -199,9 +199,12 @@ def new_folder(
     return folder
 
 # %% ../../nbs/ops/02_runner.ipynb #89c010fa
-def versions() -> dict[str, str]:  # Package to version, with Python and the platform
+def versions() -> dict[str, str]:  # Package to version, with Python and the system
     "Say what a report was made with"
-    found = {"python": platform.python_version(), "platform": platform.platform(terse=True)}
+    found = {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
     for name in ("tradebook", "numpy", "pandas", "numba", "lightgbm", "plotly", "papermill"):
         try:
             found[name] = version(name)

@@ -56,23 +56,25 @@ def quality_rows(
 # %% ../../nbs/ops/11_tables.ipynb #7048255f
 def import_rows(
     e: Evidence,  # One run
-) -> pd.DataFrame:  # One row a note: market, what, value
-    "List what the importers refused or noted"
+) -> pd.DataFrame:  # One row an import: market, files, rows read, events made, refused, noted
+    "List what the importers read, made, refused and noted"
     rows = []
     for report in e.facts.get("imports") or []:
-        what = f"{report['symbol']} ({report['venue']})"
-        noted = {"files": ", ".join(report["sources"]), "rows read": report["n_rows_read"]}
-        noted |= {"events made": report["n_events"]}
-        noted |= {f"refused: {k}": v for k, v in (report.get("refused") or {}).items()}
-        noted |= {str(k).replace("_", " "): v for k, v in (report.get("notes") or {}).items()}
-        rows += [{"market": what, "what": k, "value": _short(v)} for k, v in noted.items()]
+        row = {"market": f"{report['symbol']} ({report['venue']})"}
+        row |= {"files": ", ".join(report["sources"]), "rows read": report["n_rows_read"]}
+        row |= {
+            "events made": report["n_events"],
+            "refused": _short(report.get("refused") or "none"),
+        }
+        noted = {k.removeprefix("n_"): v for k, v in (report.get("notes") or {}).items() if v}
+        rows.append(row | {"noted": _short(noted).replace("_", " ")})
     return pd.DataFrame(rows)
 
 
 def _short(value: Any) -> str:
     "Write a noted value in few characters"
     if isinstance(value, float):
-        return f"{value:,.4g}"
+        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.4g}"
     if isinstance(value, dict):
         return ", ".join(f"{k} {_short(v)}" for k, v in value.items())
     if isinstance(value, list):
@@ -180,8 +182,10 @@ def ungated_rows(
 def raw_signal_text(
     e: Evidence,  # One run
 ) -> str:  # One sentence; '' when the raw signal was not traded
-    "Say what following every signal would have earned"
+    "Say what following every signal would have earned, or why there was none"
     found = e.facts.get("ungated") or {}
+    if missing := e.facts.get("model_missing"):
+        return f"No model: {missing}."
     if not found.get("n_trades"):
         return ""
     gross, net = (as_number(found.get(f"{k}_bps_per_trade")) for k in ("gross", "net"))
