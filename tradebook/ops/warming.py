@@ -21,7 +21,8 @@ def compile_kernels() -> int:  # Feature rows that came out
     from tradebook.venue.orders import OrderIntent
     from tradebook.venue.paper import PaperVenue
 
-    of, ts = instrument("synthetic", "SYN/USDT:USDT"), [0, 0, 0, 10**9, 2 * 10**9]
+    of, start = instrument("synthetic", "SYN/USDT:USDT"), 1_700_000_000 * 10**9
+    ts = [start, start, start, start + 10**9, start + 2 * 10**9]
     kind, flags = [KIND_CLEAR] + [KIND_LEVEL] * 4, [0, 0, FLAG_LAST, FLAG_LAST, FLAG_LAST]
     side, price = [0, 1, -1, 1, -1], [0, 100, 102, 101, 103]
     events = make_events(
@@ -32,7 +33,7 @@ def compile_kernels() -> int:  # Feature rows that came out
     make_labels(features.rows, quotes(events), load_settings(environment={}).labels, 4.0, 2000)
     quality(events, of)
     venue = PaperVenue(of, 0)
-    venue.submit(OrderIntent("tb-warm-0", of.symbol, 1, 1, False, 0, "ENTER"))
+    venue.submit(OrderIntent("tb-warm-0", of.symbol, 1, 1, False, start, "ENTER"))
     venue.advance(events)
     return len(features)
 
