@@ -86,10 +86,10 @@ def check_model(
     "Does the model know anything?"
     if not np.isfinite(auc):
         return Check("Model", "fail", "none", "no model was loaded")
-    floor = low if np.isfinite(low) else auc
-    status = "pass" if floor > 0.5 else "warn"
-    text = f"lower end {floor:.3f}, must be above 0.5" if np.isfinite(low) else "must be above 0.5"
-    return Check("Model", status, f"AUC {auc:.3f}", text)
+    if not np.isfinite(low):
+        return Check("Model", "warn", f"AUC {auc:.3f}", "too little data for an interval")
+    text = f"lower end {low:.3f}, must be above 0.5"
+    return Check("Model", "pass" if low > 0.5 else "warn", f"AUC {auc:.3f}", text)
 
 # %% ../../nbs/ops/08_checks.ipynb #9a1f37f6
 def check_staleness(
