@@ -99,8 +99,10 @@ def about(
     "Say what a run was"
     start, stop = e.span
     first, last = (utc_text(ts)[:16].replace("T", " ") for ts in (start, stop))
+    kind = e.run["kind"]
+    how = {"paper": "traded on paper", "backtest": "traded in a backtest"}.get(kind, kind)
     what = f"{e.instrument.symbol} on {e.instrument.venue}"
-    return f"{what}, {first} to {last} UTC ({span_text((stop - start) / 1e9)}), {e.run['kind']} trading."
+    return f"{what}, {first} to {last} UTC ({span_text((stop - start) / 1e9)}), {how}."
 
 # %% ../../nbs/ops/10_findings.ipynb #ea66d724
 def equity_rows(
