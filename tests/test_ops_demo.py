@@ -1,4 +1,4 @@
-"""The main job by a real process: one object on stdout, no edge in a null market, an edge's size beside the planted one."""
+"""The main job by a real process: one object out, no edge in a null market, a found edge beside the planted one."""
 
 import json
 import os
@@ -7,11 +7,14 @@ import sys
 
 import pytest
 
-from tradebook.base.errors import SettingsError
+from tradebook.base.clock import parse_utc
+from tradebook.base.errors import SettingsError, TradebookError
 from tradebook.base.journal import Journal
 from tradebook.base.settings import load_settings
-from tradebook.ops.demo import TraderProcess, demo_text, prepare_folder, run_demo
+from tradebook.ops.child import TraderProcess
+from tradebook.ops.demo import prepare_folder, run_demo
 from tradebook.ops.progress import Stage
+from tradebook.ops.verdicts import demo_text
 from tradebook.training.registry import Registry
 
 FIELDS = "ok seconds peak_mib data stages model backtest edge funnel causes parity report".split()
@@ -111,8 +114,6 @@ def test_what_was_planted_stands_beside_what_was_found(planted):
 
 
 def test_nothing_of_the_traded_stretch_was_trained_on(planted):
-    from tradebook.base.clock import parse_utc
-
     assert planted["model"]["ts_last"] <= parse_utc(planted["data"]["split"])
     with Journal(f"{planted['folder']}/data/journal.db") as journal:
         first = journal.decisions(planted["paper"]["run_id"])[0]["ts_decided"]
@@ -153,18 +154,16 @@ def test_a_trader_that_is_stopped_says_so_and_leaves_its_decisions(planted):
     "The demo's own child, stopped as Ctrl-C would"
     root = f"{planted['folder']}/data"
     settings = load_settings(environment={}, overrides={**QUICK, "paths.data": root})
-    from tradebook.base.clock import parse_utc
-
     process = TraderProcess(
         settings, "synthetic", "SYN/USDT:USDT", parse_utc(planted["data"]["start"])
     )
     moved = []
     process.on_event = lambda message: moved.append(message)
     while not any(m["event"] == "progress" for m in moved):
-        assert process._reader.is_alive(), process.other
-        process._reader.join(0.05)
+        assert process.reader.is_alive(), process.other
+        process.reader.join(0.05)
     process.stop()
-    assert process._process.returncode == 130
+    assert process.process.returncode == 130
     with Journal(f"{root}/journal.db") as journal:
         run = journal.latest_run("paper")
         n = len(journal.decisions(run["run_id"]))
@@ -184,15 +183,12 @@ def test_raw_frames_of_minutes_are_reported_as_what_they_are(recordings, tmp_pat
     assert all(m["n_quote_mismatches"] == 0 for m in found["data"]["markets"])
 
 
-def test_a_wait_for_the_trader_is_bounded(planted, monkeypatch):
+def test_a_wait_for_the_trader_is_bounded(planted):
     "A process that says nothing is given up, by name"
-    from tradebook.base.errors import TradebookError
-    from tradebook.ops import demo as module
-
-    monkeypatch.setattr(module, "_SILENCE_S", 0.05)
     root = f"{planted['folder']}/data"
     settings = load_settings(environment={}, overrides={**QUICK, "paths.data": root})
-    process = TraderProcess(settings, "synthetic", "SYN/USDT:USDT", 1_736_121_600 * 10**9)
-    with pytest.raises(TradebookError, match="the trader said nothing for 0.05 s"):
+    given = ("synthetic", "SYN/USDT:USDT", 1_736_121_600 * 10**9)
+    process = TraderProcess(settings, *given, silence_s=0.05)
+    with pytest.raises(TradebookError, match=r"the trader said nothing for 0\.05 s"):
         process.wait(Stage("paper"))
-    assert process._process.poll() is not None
+    assert process.process.poll() is not None
