@@ -202,7 +202,8 @@ def get_positions(exchange, query):
     if "symbol" in query:
         held = [exchange.account.position(_market(exchange, query))]
     else:
-        held = [p for p in exchange.account.positions.values() if p.size_lots]
+        held = [p for p in exchange.account.positions.values()
+                if p.size_lots and query.get("category") == p.market.listing.category]  # fmt: skip
     return _listed([position_words(exchange.account, p) for p in held], query)
 
 

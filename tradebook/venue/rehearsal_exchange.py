@@ -160,8 +160,14 @@ def publish(self: Exchange, market, frames: list[Frame], is_first: bool = False)
 
 
 @patch
-def subscribe(self: Exchange, socket: Socket, category: str, topics: list[str]):
-    "Subscribe a socket to topics; DataError names the first that cannot be, and then none is"
+def subscribe(
+    self: Exchange,
+    socket: Socket,  # Whose
+    category: str,  # linear, spot or what the venue has
+    topics: list[str],  # As the venue names them
+    accept=lambda: None,  # Called when all can be opened, before the first message goes out
+):  # DataError names the first that cannot be, and then none is
+    "Subscribe a socket to topics"
     now = time.time_ns()
     markets = [self.market_of(topic, category) for topic in topics]
     for topic, market in zip(topics, markets, strict=True):
@@ -172,6 +178,7 @@ def subscribe(self: Exchange, socket: Socket, category: str, topics: list[str]):
             if fault.fits(frame.stream, market.listing.id):
                 fault.n_touched += 1
                 raise DataError(f"handler not found,topic:{topic}")
+    accept()
     for topic, market in zip(topics, markets, strict=True):
         socket.topics[category, topic] = next(self.ids)
         first = through_faults(self.faults, self.open_topic(market, topic), market, now, True)
