@@ -59,7 +59,7 @@ def collect_events(
     found = collect(pieces, collector, watch)
     return {k: v for k, v in found.items() if k != "parts"}
 
-
+# %% ../../nbs/ops/05_pipeline.ipynb #12b6b3ee
 def import_recordings(
     root: Path,  # Data root
     folder: Path,  # Folder of recordings
@@ -93,7 +93,7 @@ class TrainingSet:
     labels: np.ndarray  # LABEL rows, one a feature row
     n_events: int  # Events they were made from
 
-
+# %% ../../nbs/ops/05_pipeline.ipynb #31ab63c9
 def build_training_set(
     settings: Settings,  # Features, labels, fees
     venue: str,  # Name of the venue
@@ -146,7 +146,7 @@ def model_facts(
         "ts_last": model.facts["ts_last"],
     }
 
-
+# %% ../../nbs/ops/05_pipeline.ipynb #9cc5d38d
 def start_run(
     journal: Journal,  # Where to write
     kind: str,  # "training", "backtest"
@@ -202,7 +202,7 @@ class Backtested:
     features: FeatureRows  # Its rows
     run_id: str = ""  # In the journal; empty when it was not written there
 
-
+# %% ../../nbs/ops/05_pipeline.ipynb #bad3e6a3
 def forecast(
     predictor: Predictor | None,  # A model; None without one
     features: FeatureRows,  # Rows to predict
@@ -218,7 +218,7 @@ def forecast(
         p_up[known], edge[known] = predictor.predict(features.x[known])
     return p_up, edge
 
-
+# %% ../../nbs/ops/05_pipeline.ipynb #1be9c135
 def replay(
     settings: Settings,  # Rules, latency, equity
     feed: StoreFeed,  # What to replay
@@ -264,7 +264,7 @@ def open_stretch(
     columns = feature_set(chosen.set, chosen.interval_ms)
     return feed, build_features(feed.events, feed.instrument, columns, chosen.max_age_ms)
 
-
+# %% ../../nbs/ops/05_pipeline.ipynb #9017caf7
 def record_backtest(
     done: Backtested,  # A replay whose order names carry the run's tag
     journal: Journal,  # Where to write

@@ -35,7 +35,7 @@ class Chosen(NamedTuple):
     block: Cause | None  # Why no position may be opened
     detail: str  # What exactly was wrong; empty when nothing was
 
-
+# %% ../../nbs/trader/04_session.ipynb #81f581ac
 def choose_model(
     settings: Settings,  # Features, and training.max_age_days
     venue: str,  # Name of the venue
@@ -124,17 +124,12 @@ def startup_steps(
 # %% ../../nbs/trader/04_session.ipynb #6883856a
 def _begin(journal: Journal, settings: Settings, venue: str, symbol: str, model) -> str:
     "Write down that a run begins"
-    return journal.start_run(
-        "paper",
-        settings_hash=settings.hash,
-        settings=settings.to_dict(),
-        code_version=tradebook.__version__,
-        model_version=model.predictor.model.version if model and model.predictor else None,
-        symbol=symbol,
-        venue=venue,
-    )
+    version = model.predictor.model.version if model and model.predictor else None
+    what = {"model_version": version, "symbol": symbol, "venue": venue}
+    hashes = {"settings_hash": settings.hash, "settings": settings.to_dict()}
+    return journal.start_run("paper", **hashes, **what, code_version=tradebook.__version__)
 
-
+# %% ../../nbs/trader/04_session.ipynb #f8e3ffa3
 def _record_failure(journal: Journal, run_id: str, error: BaseException):
     "Write down why a run ended early"
     kind = type(error).__name__
@@ -176,7 +171,7 @@ def trade_paper(
         run_id = _begin(journal, settings, venue, symbol, found["model"])
         return _trade(journal, run_id, settings, found, tell)
 
-
+# %% ../../nbs/trader/04_session.ipynb #5d8048e2
 def _trade(journal, run_id, settings, found, tell) -> dict[str, Any]:
     "Trade until the feed ends, and record how it ended"
     feed, model = found["feed"], found["model"]
