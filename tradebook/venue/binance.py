@@ -112,6 +112,8 @@ class BinanceDecoder(BookDecoder):
     def _take(self, content, ts_recv):
         "Read one JSON object, alone or wrapped into its stream"
         data = content.get("data", content)
+        if "lastUpdateId" in content and len(self.markets) == 1:
+            return self._join(next(iter(self.markets.values())), content, ts_recv)
         if "e" not in data and not {"u", "s", "b", "a"} <= data.keys():
             return [self._answer(content)]
         kind = data.get("e", "bookTicker")
@@ -201,6 +203,33 @@ def _candle(self: BinanceDecoder, market, data, ts_recv):
 
 # %% ../../nbs/venue/06_binance.ipynb #4cee78af
 @patch
+def _join(self: BinanceDecoder, market, data, ts_recv):
+    "Begin a book from a snapshot's content, and apply what was kept"
+    join, line, symbol = self.joins[market.id], self.lines[market.id], market.of.symbol
+    if line.is_alive:
+        return []
+    try:
+        last, sent = whole(data["lastUpdateId"]), time_ns(data.get("E", 0))
+        times = (time_ns(data.get("T", 0)), ts_recv)
+        rows = book_events(market, data["bids"], data["asks"], times, last, True)
+    except UNREADABLE as error:
+        return [malformed(error, symbol)._replace(action="resync")]
+    before = line.state.copy()
+    hole = line.begin(last, ts_recv)
+    messages, n_left = join.join(line, ts_recv)
+    if n_left and not messages:
+        line.state[:] = before
+        detail = f"snapshot {last} must reach the kept changes, which begin at {join.waiting[0][0]}"
+        return [Decoded(symbol, "book", NO_EVENTS, "resync", WireCode.SNAPSHOT_OLD, detail)]
+    told = [Decoded(symbol, "book", np.concatenate([hole, rows, *messages]), ts_venue=sent)]
+    join.is_asked = n_left > 0
+    if n_left:
+        detail = f"{n_left} kept changes do not follow each other"
+        told.append(self._broken(market, ts_recv, WireCode.SEQ_GAP, detail))
+    return told
+
+
+@patch
 def snapshot(
     self: BinanceDecoder,
     symbol_id: str,  # The venue's own id; the answer does not name it
@@ -208,31 +237,11 @@ def snapshot(
     ts_recv: int,  # Receive time, ns UTC
 ) -> list[Decoded]:  # The snapshot and the kept changes after it, or the wish for another
     "Begin a book from a REST snapshot; never raises"
-    market, join, line = self.markets[symbol_id], self.joins[symbol_id], self.lines[symbol_id]
-    symbol = market.of.symbol
-    if line.is_alive:
-        return []
+    market = self.markets[symbol_id]
     try:
-        data = read_frame(body)
-        last, sent = whole(data["lastUpdateId"]), time_ns(data.get("E", 0))
-        times = (time_ns(data.get("T", 0)), ts_recv)
-        rows = book_events(market, data["bids"], data["asks"], times, last, True)
+        told = self._join(market, read_frame(body), ts_recv)
     except UNREADABLE as error:
-        return self._count([malformed(error, symbol)._replace(action="resync")])
-    before = line.state.copy()
-    hole = line.begin(last, ts_recv)
-    messages, n_left = join.join(line, ts_recv)
-    if n_left and not messages:
-        line.state[:] = before
-        detail = f"snapshot {last} must reach the kept changes, which begin at {join.waiting[0][0]}"
-        return self._count(
-            [Decoded(symbol, "book", NO_EVENTS, "resync", WireCode.SNAPSHOT_OLD, detail)]
-        )
-    told = [Decoded(symbol, "book", np.concatenate([hole, rows, *messages]), ts_venue=sent)]
-    join.is_asked = n_left > 0
-    if n_left:
-        detail = f"{n_left} kept changes do not follow each other"
-        told.append(self._broken(market, ts_recv, WireCode.SEQ_GAP, detail))
+        told = [malformed(error, market.of.symbol)._replace(action="resync")]
     return self._count(told)
 
 # %% ../../nbs/venue/06_binance.ipynb #93bfdfa3

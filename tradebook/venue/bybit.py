@@ -74,7 +74,7 @@ def bybit_book(
     line.seen(ts_recv)
     return [Decoded(symbol, "book", rows, ts_venue=ts_venue)]
 
-
+# %% ../../nbs/venue/05_bybit.ipynb #f7f38135
 def bybit_quote(market, content, ts_recv):
     "Take one message of depth 1: the venue's own best prices"
     data = content["data"]

