@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COINBASE_GUARANTEES', 'COINBASE_SIDES', 'COINBASE_TYPES', 'coinbase_book', 'coinbase_match', 'coinbase_ticker',
-           'CoinbaseDecoder']
+           'CoinbaseDecoder', 'CoinbaseBatchDecoder']
 
 # %% ../../nbs/venue/12_coinbase.ipynb #b8157edf
 from ..base.clock import parse_utc
@@ -51,7 +51,9 @@ def coinbase_book(
                 raise DataError(f"a change must be a list, was {type(change).__name__}")
             side, price, size = change
             sides[COINBASE_SIDES[side]].append([price, size])
-        return [apply_change(decoder, market, sides, (parse_utc(content["time"]), ts_recv))]
+        compare = (lambda ladder: "") if decoder.is_batched else None
+        times = (parse_utc(content["time"]), ts_recv)
+        return [apply_change(decoder, market, sides, times, compare=compare)]
     except UNREADABLE as error:
         return [decoder._unreadable_book(market, ts_recv, error)]
 
@@ -96,8 +98,8 @@ COINBASE_TYPES = {
 class CoinbaseDecoder(LadderDecoder):
     "Decodes Coinbase's level2, matches and ticker channels; instruments such as BTC-USD"
 
-    venue, wire, rule = "coinbase", "coinbase.ws", "none"
-    guarantees = COINBASE_GUARANTEES
+    venue, wire, rule = "coinbase", "coinbase.level2", "none"
+    guarantees, is_batched = COINBASE_GUARANTEES, False
 
     def _take(self, content, ts_recv):
         "Read one JSON object"
@@ -123,3 +125,12 @@ class CoinbaseDecoder(LadderDecoder):
                 detail = f"{channel['name']} {id}"[:120]
                 told.append(Decoded(symbol, "control", code=WireCode.SUBSCRIBED, detail=detail))
         return told or [Decoded("", "control", code=WireCode.NOTICE, detail="nothing subscribed")]
+
+# %% ../../nbs/venue/12_coinbase.ipynb #461507ba
+class CoinbaseBatchDecoder(CoinbaseDecoder):
+    "Decodes Coinbase's level2_batch channel, where a level may be deleted that we never saw"
+
+    wire, is_batched = "coinbase.level2_batch", True
+    guarantees = COINBASE_GUARANTEES._replace(
+        notes="changes of 50 ms at once; a lost change shows only when the book crosses"
+    )
