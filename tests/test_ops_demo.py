@@ -1,4 +1,4 @@
-"""The main job by a real process: one object out, no edge in a null market, a found edge beside the planted one."""
+"""The main job by a real process: one object on stdout, no edge in a null market, found beside planted."""
 
 import json
 import os
