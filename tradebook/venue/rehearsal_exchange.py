@@ -117,6 +117,10 @@ class Exchange:
             raise DataError(f"handler not found,topic:{topic}")
         return market
 
+    def encode(self, socket, frame: Frame) -> bytes:
+        "Write a frame for a socket"
+        return frame.encode()
+
     def add_routes(self, router):
         "Add the venue's doors"
 
@@ -155,7 +159,7 @@ def publish(self: Exchange, market, frames: list[Frame], is_first: bool = False)
                 continue
             wait = delay_ns(self.faults, frame, socket.id, subscription, now)
             if wait is not None:
-                socket.put(frame.encode(), now + wait if wait else 0)
+                socket.put(self.encode(socket, frame), now + wait if wait else 0)
                 self.n_messages += 1
 
 
@@ -187,10 +191,10 @@ def subscribe(
                 self.faults, frame, socket.id, socket.topics[category, topic], now, True
             )
             if wait:
-                loop, text = asyncio.get_running_loop(), frame.encode()
+                loop, text = asyncio.get_running_loop(), self.encode(socket, frame)
                 loop.call_later(wait / NS_PER_S, socket.put, text)
             elif wait is not None:
-                socket.put(frame.encode())
+                socket.put(self.encode(socket, frame))
 
 # %% ../../nbs/venue/26_rehearsal_exchange.ipynb #34b150d0
 @patch

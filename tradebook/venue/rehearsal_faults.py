@@ -153,6 +153,9 @@ def with_times(
 ) -> Frame:  # A new frame
     "Change every time that a frame carries"
 
+    if frame.text:
+        return frame  # damaged already: there is nothing to read in it
+
     def changed(row):
         return {k: change(v) if k in _TIMES else v for k, v in row.items()}
 
@@ -234,7 +237,7 @@ def _damaged(fault, frame, market):
     if way not in WAYS:
         raise DataError(f"way must be one of {list(WAYS)}, was {way!r}")
     fault.n_touched += 1
-    return [type(frame)(frame.topic, frame.message, WAYS[way](orjson.dumps(frame.message)))]
+    return [type(frame)(frame.topic, {}, WAYS[way](orjson.dumps(frame.message)))]
 
 
 _FRAME_FAULTS = {

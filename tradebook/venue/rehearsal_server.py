@@ -26,7 +26,8 @@ async def connect(
     self: Exchange,
     request: web.Request,  # The handshake
     kind: str,  # public, private or trade
-    take,  # Called with (socket, message) for each message that is JSON
+    take,  # Called with (socket, message) for each message
+    begin=lambda socket: None,  # Called with the socket before its first message
 ) -> web.StreamResponse:  # When the socket has ended
     "Keep one websocket"
     now = time.time_ns()
@@ -39,6 +40,7 @@ async def connect(
         await socket.ws.close()
         return socket.ws
     self.sockets[socket.id] = socket
+    begin(socket)
     writer = asyncio.ensure_future(socket.write())
     try:
         async for message in socket.ws:
