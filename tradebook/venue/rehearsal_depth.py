@@ -83,7 +83,7 @@ class DepthChannel:
     def data(self, sides, ms: int) -> dict:
         "A depth message under the present numbers"
         bids, asks = (self.words.levels(side.keys(), side.values()) for side in sides)
-        return {"e": "depthUpdate", "E": ms, "T": ms, "s": self.id, "U": self.pu + 1, "u": self.u,
+        return {"e": "depthUpdate", "E": ms, "T": ms, "s": self.id, "U": min(self.pu + 1, self.u), "u": self.u,
                 "pu": self.pu, "b": bids, "a": asks}  # fmt: skip
 
     def change(self, rows: np.ndarray, ms: int) -> dict | None:
@@ -113,7 +113,7 @@ class DepthChannel:
         if not len(levels) and not any(changed):
             return None
         number = int(rows["sequence"][0])
-        self.pu, self.u = self.u, number if number > self.u else self.u + max(1, len(levels))
+        self.pu, self.u = self.u, number if number >= self.u else self.u + max(1, len(levels))
         return self.data(changed, ms)
 
     def snapshot(self, limit: int, ms: int) -> dict:
