@@ -29,6 +29,7 @@ from tradebook.venue.wire import (
     parse_decimal,
     quote_events,
     read_frame,
+    set_aside_note,
     state_events,
     time_ns,
     trade_events,
@@ -139,7 +140,8 @@ def _depth(self: BinanceDecoder, market, data, ts_recv):
         first, last, previous = (whole(data[k]) for k in self._ids)
         ts_venue = time_ns(data["E"])
         times = (time_ns(data.get("T", data["E"])), ts_recv)
-        rows = book_events(market, data["b"], data["a"], times, last)
+        aside = []
+        rows = book_events(market, data["b"], data["a"], times, last, aside=aside)
     except UNREADABLE as error:
         self.joins[market.id].clear()
         self.joins[market.id].is_asked = True
@@ -155,7 +157,8 @@ def _depth(self: BinanceDecoder, market, data, ts_recv):
     if verdict != "ok":
         return [Decoded(symbol, "book", code=WireCode.SEQ_DUP, ts_venue=ts_venue)]
     line.seen(ts_recv)
-    return [Decoded(symbol, "book", rows, ts_venue=ts_venue)]
+    code, detail = set_aside_note(aside)
+    return [Decoded(symbol, "book", rows, "", code, detail, ts_venue)]
 
 # %% ../../nbs/venue/06_binance.ipynb #e4353ce6
 @patch
@@ -211,7 +214,8 @@ def _join(self: BinanceDecoder, market, data, ts_recv):
     try:
         last, sent = whole(data["lastUpdateId"]), time_ns(data.get("E", 0))
         times = (time_ns(data.get("T", 0)), ts_recv)
-        rows = book_events(market, data["bids"], data["asks"], times, last, True)
+        aside = []
+        rows = book_events(market, data["bids"], data["asks"], times, last, True, aside)
     except UNREADABLE as error:
         return [malformed(error, symbol)._replace(action="resync")]
     before = line.state.copy()
@@ -221,7 +225,9 @@ def _join(self: BinanceDecoder, market, data, ts_recv):
         line.state[:] = before
         detail = f"snapshot {last} must reach the kept changes, which begin at {join.waiting[0][0]}"
         return [Decoded(symbol, "book", NO_EVENTS, "resync", WireCode.SNAPSHOT_OLD, detail)]
-    told = [Decoded(symbol, "book", np.concatenate([hole, rows, *messages]), ts_venue=sent)]
+    code, detail = set_aside_note(aside)
+    events = np.concatenate([hole, rows, *messages])
+    told = [Decoded(symbol, "book", events, "", code, detail, sent)]
     join.is_asked = n_left > 0
     if n_left:
         detail = f"{n_left} kept changes do not follow each other"

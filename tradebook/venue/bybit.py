@@ -24,6 +24,7 @@ from tradebook.venue.wire import (
     book_events,
     make_candle,
     quote_events,
+    set_aside_note,
     state_events,
     time_ns,
     trade_events,
@@ -56,23 +57,25 @@ def bybit_book(
         u, ts_venue = whole(data["u"]), time_ns(content["ts"])
         is_snapshot = kind == 1 or u == 1
         times = (time_ns(content.get("cts", content["ts"])), ts_recv)
-        rows = book_events(market, data["b"], data["a"], times, u, is_snapshot)
+        aside = []
+        rows = book_events(market, data["b"], data["a"], times, u, is_snapshot, aside)
     except UNREADABLE as error:
         return [decoder._unreadable_book(market, ts_recv, error)]
+    code, detail = set_aside_note(aside)
     if is_snapshot:
-        code = WireCode.SEQ_RESTART if line.is_alive and u == 1 else ""
+        code = WireCode.SEQ_RESTART if line.is_alive and u == 1 else code
         events = np.concatenate([line.begin(u, ts_recv), rows])
-        return [Decoded(symbol, "book", events, "", code, "", ts_venue)]
+        return [Decoded(symbol, "book", events, "", code, detail, ts_venue)]
     if not line.is_alive:
         return [Decoded(symbol, "book", code=WireCode.NO_BOOK, ts_venue=ts_venue)]
     known = line.state[0]
     if (verdict := line.check(u, u)) == "gap":
-        detail = f"u must be {known + 1}, was {u}"
-        return [decoder._broken(market, ts_recv, WireCode.SEQ_GAP, detail, ts_venue)]
+        lost = f"u must be {known + 1}, was {u}"
+        return [decoder._broken(market, ts_recv, WireCode.SEQ_GAP, lost, ts_venue)]
     if verdict != "ok":
         return [Decoded(symbol, "book", code=WireCode.SEQ_DUP, ts_venue=ts_venue)]
     line.seen(ts_recv)
-    return [Decoded(symbol, "book", rows, ts_venue=ts_venue)]
+    return [Decoded(symbol, "book", rows, "", code, detail, ts_venue)]
 
 # %% ../../nbs/venue/05_bybit.ipynb #f7f38135
 def bybit_quote(market, content, ts_recv):

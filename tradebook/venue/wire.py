@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MAX_TICKS', 'MAX_LOTS', 'MAX_MS', 'NO_EVENTS', 'UNREADABLE', 'parse_decimal', 'OffGridError', 'Step', 'step_of',
            'whole', 'time_ns', 'Market', 'market_of', 'close_rows', 'book_events', 'trade_events', 'quote_events',
-           'state_events', 'Candle', 'make_candle', 'WireCode', 'Decoded', 'malformed', 'read_frame', 'Guarantees',
-           'Decoder']
+           'state_events', 'Candle', 'make_candle', 'WireCode', 'Decoded', 'malformed', 'set_aside_note', 'read_frame',
+           'Guarantees', 'Decoder']
 
 # %% ../../nbs/venue/03_wire.ipynb #6c907a51
 import re
@@ -161,6 +161,7 @@ def book_events(
     times: tuple[int, int],  # Venue's time and receive time, ns UTC
     sequence: int,  # The venue's number of the message
     is_snapshot: bool = False,  # True when everything else is to be forgotten
+    aside: list | None = None,  # Takes prices between ticks, if a few may be left out
 ) -> np.ndarray:  # Rows of EVENT, (n,); empty when nothing changes; DataError for what is no level
     "Make the message of a book change or snapshot"
     flags, tick, lot = FLAG_SNAPSHOT * is_snapshot, market.tick, market.lot
@@ -169,10 +170,17 @@ def book_events(
     for side, levels in ((1, bids), (-1, asks)):
         if type(levels) is not list or not all(type(level) is list for level in levels):
             raise DataError(f"levels must be lists of price and size, were {str(levels)[:60]}")
-        rows += [
-            (*head, lot.size(size), tick.units(price, MAX_TICKS), flags, KIND_LEVEL, side)
-            for price, size in levels
-        ]
+        for price, size in levels:
+            try:
+                ticks = tick.units(price, MAX_TICKS)
+            except OffGridError:
+                if aside is None:
+                    raise
+                aside.append(price)
+                if len(aside) > max(2, (len(bids) + len(asks)) / 2):
+                    raise
+                continue
+            rows.append((*head, lot.size(size), ticks, flags, KIND_LEVEL, side))
     return close_rows(rows)
 
 # %% ../../nbs/venue/03_wire.ipynb #98e5f27c
@@ -301,6 +309,15 @@ def malformed(
     "Tell of a frame that cannot be read"
     code = WireCode.OFF_GRID if isinstance(error, OffGridError) else WireCode.FRAME_MALFORMED
     return Decoded(symbol, "control", code=code, detail=f"{type(error).__name__}: {error}"[:200])
+
+
+def set_aside_note(
+    aside: list[str],  # Prices that were set aside
+) -> tuple[str, str]:  # Code and detail, both empty without any
+    "Say which levels a book message had to do without"
+    if not aside:
+        return "", ""
+    return WireCode.OFF_GRID, f"set aside, between two ticks: {', '.join(aside)}"[:200]
 
 # %% ../../nbs/venue/03_wire.ipynb #d0420901
 UNREADABLE = (DataError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
