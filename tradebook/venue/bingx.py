@@ -89,7 +89,7 @@ def bingx_book(
         times = (time_ns(next((t for t in sent if t is not None), 0)), ts_recv)
         number = whole(data["lastUpdateId"] if is_change else data.get("lastUpdateId", 0))
         sides = (bingx_levels(market, data[key]) for key in ("bids", "asks"))
-        rows = book_events(market, *sides, times, number, is_whole)
+        rows = book_events(market, *sides, times, number, is_whole, aside := [])
     except UNREADABLE as error:
         return [decoder._unreadable_book(market, ts_recv, error)]
     if is_whole and not is_change:
@@ -98,7 +98,7 @@ def bingx_book(
             words = f"a whole book of {now} came after {newest}"
             return [Decoded(market.of.symbol, "book", code=WireCode.SEQ_DUP, detail=words)]
         decoder.newest[market.id] = now
-    return [follow_numbers(decoder, market, rows, (number, number), times, is_whole)]
+    return [follow_numbers(decoder, market, rows, (number, number), times, is_whole, aside)]
 
 # %% ../../nbs/venue/15_bingx.ipynb #9be2c420
 BINGX_SPANS_MS = {"1m": 60_000, "1min": 60_000, "5m": 300_000, "5min": 300_000, "1h": 3_600_000}

@@ -10,7 +10,7 @@ __all__ = ['BYBIT_V2_GUARANTEES', 'FLOAT32_ERROR', 'BYBIT_V2_SIDES', 'bybit_v2_s
 from decimal import Decimal
 from fractions import Fraction
 
-from .ladder import Ladder, LadderDecoder, apply_change, begin_book, text_of
+from .ladder import Ladder, LadderDecoder, apply_change, begin_book, rung, text_of
 from tradebook.venue.wire import (
     MAX_LOTS,
     UNREADABLE,
@@ -79,7 +79,7 @@ def contradiction(
     "Compare what the venue takes to be in the book with what is"
     for levels, is_there in ((known, True), (new, False)):
         for side, price, _ in levels:
-            ticks = market.tick.units(price)
+            ticks = rung(market, price)
             if ((ticks if side else -ticks) in ladder.texts[side]) != is_there:
                 return f"{price} must {'' if is_there else 'not '}be in the book of that side"
     return ""

@@ -61,10 +61,10 @@ def kraken_futures_book(
             sides = [[], []]
             sides[("buy", "sell").index(content["side"])] = kraken_futures_levels([content])
         near = (reachable(market, levels) for levels in sides)
-        rows = book_events(market, *near, times, seq, is_snapshot)
+        rows = book_events(market, *near, times, seq, is_snapshot, aside := [])
     except UNREADABLE as error:
         return [decoder._unreadable_book(market, ts_recv, error)]
-    return [follow_numbers(decoder, market, rows, (seq, seq), times, is_snapshot)]
+    return [follow_numbers(decoder, market, rows, (seq, seq), times, is_snapshot, aside)]
 
 # %% ../../nbs/venue/11_kraken_futures.ipynb #b7909f4d
 def kraken_futures_trade(decoder, market, content, ts_recv):
@@ -160,8 +160,8 @@ class KrakenFuturesDecoder(BookDecoder):
         event, names = content["event"], content.get("product_ids") or [""]
         detail = f"{content.get('feed')} {content.get('message', '')}".strip()[:120]
         if event == "subscribed":
-            known = [self.markets[n].of.symbol for n in names if n in self.markets]
-            return [Decoded(s, "control", code=WireCode.SUBSCRIBED, detail=detail) for s in known]
+            symbols = [self.markets[n].of.symbol if n in self.markets else "" for n in names]
+            return [Decoded(s, "control", code=WireCode.SUBSCRIBED, detail=detail) for s in symbols]
         is_refusal = event in ("error", "alert", "subscribed_failed")
         code = WireCode.WS_SUB_REJECTED if is_refusal else WireCode.NOTICE
         return [Decoded("", "control", code=code, detail=f"{event} {detail}"[:120])]

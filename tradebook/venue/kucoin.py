@@ -26,6 +26,7 @@ from tradebook.venue.wire import (
     parse_decimal,
     quote_events,
     read_frame,
+    set_aside_note,
     time_ns,
     trade_events,
     whole,
@@ -75,7 +76,7 @@ def kucoin_change(
         numbers = tuple(number_of(data[f"sequence{end}"]) for end in ("Start", "End"))
         times = (time_ns(data.get("time", 0)), ts_recv)
         sides = (kucoin_levels(market, data["changes"][key]) for key in ("bids", "asks"))
-        rows = book_events(market, *sides, times, numbers[1])
+        rows = book_events(market, *sides, times, numbers[1], False, aside := [])
     except UNREADABLE as error:
         join.clear()
         join.is_asked = True
@@ -84,7 +85,7 @@ def kucoin_change(
     if not line.is_alive:
         action = "resync" if join.keep(change) else ""
         return [Decoded(symbol, "book", NO_EVENTS, action, WireCode.NO_BOOK, "", times[0])]
-    told = follow_numbers(decoder, market, rows, numbers, times)
+    told = follow_numbers(decoder, market, rows, numbers, times, False, aside)
     if told.code == WireCode.SEQ_GAP:
         join.keep(change)
     return [told]
@@ -104,7 +105,7 @@ def kucoin_snapshot(
         data = read_frame(body)["data"]
         last, times = number_of(data["sequence"]), (time_ns(data.get("time", 0)), ts_recv)
         sides = (reachable(market, pairs(data[key])) for key in ("bids", "asks"))
-        rows = book_events(market, *sides, times, last, True)
+        rows = book_events(market, *sides, times, last, True, aside := [])
     except UNREADABLE as error:
         return [malformed(error, symbol)._replace(action="resync")]
     before = line.state.copy()
@@ -114,7 +115,8 @@ def kucoin_snapshot(
         line.state[:] = before
         words = f"snapshot {last} must reach the kept changes, which begin at {join.waiting[0][0]}"
         return [Decoded(symbol, "book", NO_EVENTS, "resync", WireCode.SNAPSHOT_OLD, words)]
-    told = [Decoded(symbol, "book", np.concatenate([hole, rows, *messages]), ts_venue=times[0])]
+    events = np.concatenate([hole, rows, *messages])
+    told = [Decoded(symbol, "book", events, "", *set_aside_note(aside), times[0])]
     join.is_asked = n_left > 0
     if n_left:
         words = f"{n_left} kept changes do not follow each other"

@@ -108,7 +108,7 @@ def okx_message(decoder, market, data, sides, times, is_snapshot):
     if is_snapshot:
         made = begin_book(decoder, market, *sides, times, number)
         if (
-            not made.code
+            not made.action
             and data.get("checksum")
             and (words := compare(decoder.ladders[market.id]))
         ):
