@@ -1,4 +1,4 @@
-"""The real, unpatched ccxt.pro client against the rehearsal of Bybit: only its addresses are set."""
+"""The real, unpatched ccxt.pro clients against the rehearsal of Bybit and Binance: only their addresses are set."""
 
 import asyncio
 import socket
@@ -7,6 +7,7 @@ import ccxt
 import ccxt.pro
 import pytest
 
+from tradebook.venue.rehearsal import Rehearsal
 from tradebook.venue.rehearsal_account import Key
 from tradebook.venue.rehearsal_server import in_thread
 from tradebook.venue.rehearsal_source import synthetic_listings
@@ -254,3 +255,36 @@ def test_the_synchronous_client_works_too():
         assert client.fetch_positions([BTC])[0]["contracts"] == 0.01
     with pytest.raises(ccxt.NetworkError):
         client.fetch_time()
+
+
+def addresses(urls, http, ws):
+    "Every address of a client, turned to this machine"
+    for name, value in urls.items():
+        if isinstance(value, dict):
+            addresses(value, http, ws)
+        elif "fapi" in value:
+            urls[name] = f"{http}/fapi/{value.rstrip('/').rsplit('/', 1)[1]}"
+        else:
+            urls[name] = f"{ws}/ws" if value.startswith("wss") else http
+
+
+def test_binance_follows_the_rule_that_ccxt_checks_and_breaks_it_on_command():
+    async def run():
+        async with Rehearsal("binance", LISTINGS, 3, max_s=60) as exchange:
+            options = {"fetchMarkets": {"types": ["linear"]}, "fetchCurrencies": False}
+            client = ccxt.pro.binanceusdm({"enableRateLimit": False, "options": options})
+            addresses(client.urls["api"], exchange.http_url, exchange.ws_url)
+            try:
+                await client.load_markets()
+                for _ in range(30):
+                    book = await asyncio.wait_for(client.watch_order_book(BTC), 5)
+                assert book["bids"][0][0] < book["asks"][0][0]
+                assert (await asyncio.wait_for(client.watch_trades(BTC), 5))[0]["price"] > 0
+                exchange.fault("drop", symbol="BTCUSDT")
+                with pytest.raises(ccxt.ChecksumError):
+                    for _ in range(30):
+                        await asyncio.wait_for(client.watch_order_book(BTC), 5)
+            finally:
+                await client.close()
+
+    asyncio.run(run())

@@ -75,7 +75,7 @@ class Matching:
         account: Account,  # Whose they are
     ):
         self.markets = {(m.listing.category, m.listing.id): m for m in markets}
-        self.account, self.executions, self.outbox = account, [], []
+        self.account, self.executions, self.outbox, self.resting = account, [], [], []
         self.ids, self.tag = itertools.count(1), time.time_ns() // 10**6
 
     def new_id(self) -> str:
@@ -232,6 +232,7 @@ def create(engine: Matching, params: dict, now_ms: int) -> Order:
             end(engine, order, "EC_NoImmediateQtyToFill", "CancelByUser", now_ms)
         elif order.left_lots:
             order.ahead_lots = size_at(market.book, 0 if order.side > 0 else 1, order.price_ticks)
+            engine.resting.append(order)
     engine._tell_order(order)
     engine._tell_account(market)
     return order
@@ -313,8 +314,8 @@ def advance(
     now_ms: int,  # Venue's clock
 ):
     "Let resting orders meet a message of the market"
-    waiting = [o for o in engine.account.orders.values() if o.is_open and o.market is market]
-    for order in waiting:
+    engine.resting = [o for o in engine.resting if o.is_open]
+    for order in [o for o in engine.resting if o.market is market]:
         lots = _would_fill(order, update)
         if lots and not execute(
             engine, order, lots, order.price_ticks, is_maker=True, now_ms=now_ms
