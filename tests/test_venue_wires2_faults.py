@@ -71,7 +71,7 @@ def events_of(told):
 @pytest.mark.parametrize("name", NUMBERED)
 def test_a_lost_change_of_a_numbered_book_shows_at_the_next_one(recordings, name):
     items, instruments = load(name, recordings / "wire")
-    for i in book_places(items, instruments, 8, 1):
+    for i in book_places(items, instruments, 6, 1):
         told, decoder = replay(name, items[:i] + items[i + 1 :], instruments)
         (found,) = told[successor(items, i) - 1]
         assert (found.code, found.action, len(found.events)) == (WireCode.SEQ_GAP, "resync", 1)
@@ -247,13 +247,13 @@ def shaken(rng, value):
 
 @pytest.mark.recordings
 def test_no_broken_frame_raises_or_is_lost(wire):
-    "Ten thousand broken frames a wire, and what comes out can always be stored"
+    "Eight thousand broken frames a wire, and what comes out can always be stored"
     name, items, instruments = wire
     rng, codes = random.Random(name), Counter()
     frames = [item for item in items if len(item.frame) < 3_000 and not item.rest]
     snapshots = [item for item in items if item.is_snapshot]
     decoder = make(name, instruments)
-    for n in range(10_000):
+    for n in range(8_000):
         if n % 200 == 0:
             for item in snapshots[:3]:
                 feed(decoder, item)
@@ -268,7 +268,7 @@ def test_no_broken_frame_raises_or_is_lost(wire):
         for d in told:
             check_events(d.events)
             assert d.symbol == "" or d.symbol in {of.symbol for of in instruments.values()}
-    assert codes["FRAME_MALFORMED"] > 1_500 and codes["UNKNOWN_SYMBOL"] > 10
+    assert codes["FRAME_MALFORMED"] > 1_200 and codes["UNKNOWN_SYMBOL"] > 10
 
 
 @pytest.mark.recordings
