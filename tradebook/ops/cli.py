@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'config_app', 'Json', 'Sets', 'Root', 'Venue', 'Symbol', 'From', 'To', 'read_settings', 'config_show', 'demo',
-           'import_', 'train', 'backtest', 'trade', 'journal_root', 'why', 'report', 'main']
+           'import_', 'train', 'backtest', 'trade', 'journal_root', 'why', 'report', 'venues', 'main']
 
 # %% ../../nbs/ops/07_cli.ipynb #25bd8234
 import json
@@ -321,6 +321,16 @@ def report(
     given = dict(p.partition("=")[::2] for p in parameters or [])
     done = run_report(name, given, read_settings(changes), out)
     return Answer({"ok": True, "report": str(done.html), **done.result}, str(done.html))
+
+# %% ../../nbs/ops/07_cli.ipynb #a172fc8e
+@app.command()
+@guarded
+def venues(is_json: Json = False) -> Answer:
+    "List the feeds, how each is asked, and what it can be held to."
+    from tradebook.venue.venues import venue_rows, venues_text
+
+    rows = venue_rows()
+    return Answer({"ok": True, "venues": rows}, venues_text(rows))
 
 # %% ../../nbs/ops/07_cli.ipynb #ea4e1228
 @app.callback(invoke_without_command=True)
