@@ -10,6 +10,7 @@ __all__ = ['OK', 'DUPLICATE', 'GAP', 'RESTART', 'VERDICTS', 'RULES', 'KNOWN', 'I
 from collections import Counter
 
 import numpy as np
+from fastcore.basics import patch
 from numba import njit
 
 from ..market.events import FLAG_LAST, KIND_GAP, make_events
@@ -160,20 +161,26 @@ class BookDecoder:
                 self.counts[one.code] += 1
         return told
 
-    def _market(self, symbol_id):
-        "The market of an id, or the record that says there is none"
-        if type(symbol_id) is str and symbol_id in self.markets:
-            return self.markets[symbol_id], []
-        detail = f"symbol must be one of the subscribed, was {symbol_id!r:.40}"
-        return None, [Decoded("", "control", code=WireCode.UNKNOWN_SYMBOL, detail=detail)]
+# %% ../../nbs/venue/04_continuity.ipynb #abc80827
+@patch
+def _market(self: BookDecoder, symbol_id):
+    "The market of an id, or the record that says there is none"
+    if type(symbol_id) is str and symbol_id in self.markets:
+        return self.markets[symbol_id], []
+    detail = f"symbol must be one of the subscribed, was {symbol_id!r:.40}"
+    return None, [Decoded("", "control", code=WireCode.UNKNOWN_SYMBOL, detail=detail)]
 
-    def _broken(self, market, ts_recv, code, detail, ts_venue=0):
-        "End a book: a GAP row, and the wish for a snapshot"
-        events = self.lines[market.id].interrupt(ts_recv)
-        return Decoded(market.of.symbol, "book", events, "resync", code, detail, ts_venue)
 
-    def _unreadable_book(self, market, ts_recv, error):
-        "End a book because one of its messages cannot be read"
-        told = malformed(error, market.of.symbol)
-        events = self.lines[market.id].interrupt(ts_recv)
-        return told._replace(events=events, action="resync")
+@patch
+def _broken(self: BookDecoder, market, ts_recv, code, detail, ts_venue=0):
+    "End a book: a GAP row, and the wish for a snapshot"
+    events = self.lines[market.id].interrupt(ts_recv)
+    return Decoded(market.of.symbol, "book", events, "resync", code, detail, ts_venue)
+
+
+@patch
+def _unreadable_book(self: BookDecoder, market, ts_recv, error):
+    "End a book because one of its messages cannot be read"
+    told = malformed(error, market.of.symbol)
+    events = self.lines[market.id].interrupt(ts_recv)
+    return told._replace(events=events, action="resync")

@@ -85,13 +85,6 @@ class FastDecoder:
         stream, k, _, sent = meta[0].tolist()
         return [Decoded(self.symbols[k], STREAMS[stream], self._rows[:r].copy(), ts_venue=sent)]
 
-    def decode_many(self, frames: Sequence[bytes], ts_recv) -> Batch:
-        "Read frames received at these times, (n,) ns UTC"
-        lengths = np.fromiter(map(len, frames), np.int64, len(frames))
-        ends = np.cumsum(lengths + 1) - 1
-        spans = np.stack([ends - lengths, ends, np.asarray(ts_recv, np.int64)], 1)
-        return self.decode_buffer(b"\n".join(frames) + PAD, spans)
-
     def _scan(self, buffer, spans, i, out, r, meta):
         "Scan from frame i on"
         return scan_frames(
@@ -106,6 +99,15 @@ def _room(out, r, n):
     larger = np.empty(r + n, EVENT)
     larger[:r] = out[:r]
     return larger
+
+
+@patch
+def decode_many(self: FastDecoder, frames: Sequence[bytes], ts_recv) -> Batch:
+    "Read frames received at these times, (n,) ns UTC"
+    lengths = np.fromiter(map(len, frames), np.int64, len(frames))
+    ends = np.cumsum(lengths + 1) - 1
+    spans = np.stack([ends - lengths, ends, np.asarray(ts_recv, np.int64)], 1)
+    return self.decode_buffer(b"\n".join(frames) + PAD, spans)
 
 
 @patch

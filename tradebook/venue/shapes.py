@@ -15,6 +15,8 @@ from ..market.events import FLAG_LAST, KIND_QUOTE, KIND_TRADE
 from .continuity import IS_ALIVE, IS_FIRST, KNOWN, LAST_NS, OK, judge
 from tradebook.venue.scanner import (
     PAD,
+    PLAIN,
+    at,
     fill,
     find_symbol,
     literal,
@@ -37,14 +39,14 @@ _B, _A, _U, _SEQ = literal('","b":'), literal(',"a":'), literal(',"u":'), litera
 _CTS = literal('},"cts":')
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, forceinline=True)
 def bybit_delta(b, p, stop, ts_recv, tables, state, out, r):
     "Scan a change of a book; gives stream or LEFT, symbol, venue's send time (ns), next free row"
     names, slots, grids = tables
     depth = p
-    while 48 <= b[p] <= 57:
+    while 48 <= at(b, p) <= 57:
         p += 1
-    is_book = b[p] == 46 and p > depth and not (p == depth + 1 and b[depth] == 49)
+    is_book = at(b, p) == 46 and p > depth and not (p == depth + 1 and at(b, depth) == 49)
     k, p = find_symbol(b, p + 1, names, slots)
     ts, p = scan_whole(b, match(b, p, _DELTA))
     same, p = find_symbol(b, match(b, p, _NAME), names, slots)
@@ -53,7 +55,7 @@ def bybit_delta(b, p, stop, ts_recv, tables, state, out, r):
     u, p = scan_whole(b, match(b, p, _U))
     _, p = scan_whole(b, match(b, p, _SEQ))
     cts, p = scan_whole(b, match(b, p, _CTS))
-    if p < 0 or b[p] != 125 or p + 1 != stop or not is_book or same != k:
+    if p < 0 or at(b, p) != 125 or p + 1 != stop or not is_book or same != k:
         return LEFT, 0, 0, r
     if ts > MAX_MS or cts > MAX_MS or u < 2 or state[k, IS_ALIVE] != 1:
         return LEFT, 0, 0, r
@@ -71,11 +73,11 @@ _L, _I, _BT, _RPI = literal(',"L":"'), literal(',"i":"'), literal(',"BT":'), lit
 _TRUE, _FALSE, _MARK = literal("true"), literal("false"), literal('"')
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, forceinline=True)
 def trade_tail(b, p):
     "Pass over what follows the price of a trade; gives its seq and the position behind, or -1"
     number = 0
-    while p >= 0 and b[p] == 44:
+    while p >= 0 and at(b, p) == 44:
         text = max(match(b, p, _L), match(b, p, _I))
         truth = max(match(b, p, _BT), match(b, p, _RPI))
         if text >= 0:
@@ -87,7 +89,7 @@ def trade_tail(b, p):
     return number, p
 
 # %% ../../nbs/venue/18_shapes.ipynb #24dae281
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, forceinline=True)
 def bybit_trades(b, p, stop, ts_recv, tables, state, out, r):
     "Scan a list of trades; gives stream or LEFT, symbol, venue's send time (ns), next free row"
     names, slots, grids = tables
@@ -95,7 +97,7 @@ def bybit_trades(b, p, stop, ts_recv, tables, state, out, r):
     sent, p = scan_whole(b, match(b, p, _SNAPSHOT))
     p = match(b, p, _LIST)
     end, grid = r, grids[k]
-    while p >= 0 and b[p] == 123:
+    while p >= 0 and at(b, p) == 123:
         ts, p = scan_whole(b, match(b, p, _T))
         same, p = find_symbol(b, match(b, p, _S), names, slots)
         p = match(b, p, _SIDE)
@@ -103,13 +105,13 @@ def bybit_trades(b, p, stop, ts_recv, tables, state, out, r):
         lots, p = scan_units(b, max(buy, sell), grid[2], grid[3])
         ticks, p = scan_units(b, match(b, p, _P), grid[0], grid[1])
         number, p = trade_tail(b, match(b, p, _MARK))
-        if p < 0 or b[p] != 125 or same != k or ts > MAX_MS or ticks > MAX_TICKS:
+        if p < 0 or at(b, p) != 125 or same != k or ts > MAX_MS or ticks > MAX_TICKS:
             return LEFT, 0, 0, r
         side = 1 if buy >= 0 else -1
         fill(out[end], ts * 1_000_000, ts_recv, number, KIND_TRADE, side, ticks, lots)
         end += 1
-        p += 1 + (b[p + 1] == 44 and b[p + 2] == 123)
-    if p < 0 or b[p] != 93 or b[p + 1] != 125 or p + 2 != stop or sent > MAX_MS:
+        p += 1 + (at(b, p + 1) == 44 and at(b, p + 2) == 123)
+    if p < 0 or at(b, p) != 93 or at(b, p + 1) != 125 or p + 2 != stop or sent > MAX_MS:
         return LEFT, 0, 0, r
     if end > r:
         out[end - 1].flags |= FLAG_LAST
@@ -122,16 +124,16 @@ GRID_OF = np.full(128, -1)  # Where a text is a number: 0 on the price grid, 2 o
 GRID_OF[[ord(c) for c in "pba"]], GRID_OF[[ord(c) for c in "qBA"]] = 0, 2
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, forceinline=True)
 def read_value(b, p, slot, kinds, values):
     "Note one value that is no list; gives the position behind it, or -1"
-    if b[p] == 34:
+    if at(b, p) == 34:
         values[slot], kinds[slot] = p + 1, K_TEXT
         return match(b, skip_text(b, p + 1), _MARK)
-    if b[p] == 116:
+    if at(b, p) == 116:
         kinds[slot] = K_TRUE
         return match(b, p, _TRUE)
-    if b[p] == 102:
+    if at(b, p) == 102:
         kinds[slot] = K_FALSE
         return match(b, p, _FALSE)
     value, p = scan_whole(b, p)
@@ -139,31 +141,32 @@ def read_value(b, p, slot, kinds, values):
     return p
 
 # %% ../../nbs/venue/18_shapes.ipynb #ba14f155
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, forceinline=True)
 def read_object(b, p, tables, kinds, values, out, r):
     "Note a flat object's fields; gives the position behind it or -1, symbol, next free row"
     names, slots, grids = tables
     kinds[:] = 0
     k, is_named, opener = 0, False, 123
-    while p >= 0 and b[p] == opener:
+    while p >= 0 and at(b, p) == opener:
         opener = 44  # one brace, then commas
         start = p + 2
-        stop = skip_text(b, start) if b[p + 1] == 34 else -1
-        length, slot = stop - start, np.int64(b[start])
-        if length == 2 and slot == 112 and b[start + 1] == 117:
+        is_short = at(b, p + 1) == 34 and at(b, p + 3) == 34 and PLAIN[at(b, start)]
+        stop = p + 3 if is_short else skip_text(b, start) if at(b, p + 1) == 34 else -1
+        length, slot = stop - start, np.int64(at(b, start))
+        if length == 2 and slot == 112 and at(b, start + 1) == 117:
             slot = PU
         elif length != 1:
             slot = 0  # a field that nobody reads
-        if length < 1 or length > 3 or b[stop + 1] != 58 or (slot and kinds[slot]):
+        if length < 1 or length > 3 or at(b, stop + 1) != 58 or (slot and kinds[slot]):
             return -1, k, r
         p = stop + 2
-        if b[p] == 91:
+        if at(b, p) == 91:
             is_bid = slot == 98
             if not is_named or not (is_bid or (slot == 97 and kinds[98] == K_LEVELS)):
                 return -1, k, r
             kinds[slot] = K_LEVELS
             r, p = scan_levels(b, p, grids[k], 1 if is_bid else -1, out, r)
-        elif b[p] == 34 and GRID_OF[slot] >= 0:
+        elif at(b, p) == 34 and GRID_OF[slot] >= 0:
             g = GRID_OF[slot]
             value, p = scan_units(b, p + 1 if is_named else -1, grids[k, g], grids[k, g + 1])
             p = match(b, p, _MARK)
@@ -173,12 +176,12 @@ def read_object(b, p, tables, kinds, values, out, r):
             if slot == 115:
                 k, q = find_symbol(b, values[slot] if kinds[slot] == K_TEXT else -1, names, slots)
                 is_named = q >= 0
-    if p < 0 or b[p] != 125 or not is_named:
+    if p < 0 or at(b, p) != 125 or not is_named:
         return -1, k, r
     return p + 1, k, r
 
 # %% ../../nbs/venue/18_shapes.ipynb #76e51bf3
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, forceinline=True)
 def time_of(kinds, values, slot, other):
     "A time in ns; -1 for a wrong kind or size; that of the field `other` where it is absent"
     if kinds[slot] == 0:
@@ -186,7 +189,7 @@ def time_of(kinds, values, slot, other):
     return values[slot] * 1_000_000 if kinds[slot] == K_WHOLE and values[slot] <= MAX_MS else -1
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, forceinline=True)
 def binance_depth(rule, k, kinds, values, ts_recv, state, out, r, end):
     "Judge and stamp a change whose levels are rows r to end"
     sent = time_of(kinds, values, 69, -1)  # E
@@ -205,7 +208,7 @@ def binance_depth(rule, k, kinds, values, ts_recv, state, out, r, end):
     return S_BOOK, k, sent, end
 
 # %% ../../nbs/venue/18_shapes.ipynb #4a48c4ec
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, forceinline=True)
 def binance_trade(k, number, kinds, values, ts_recv, out, r):
     "Write a trade; `number` is the slot of its id"
     sent, ts = time_of(kinds, values, 69, -1), time_of(kinds, values, 84, -1)
@@ -220,7 +223,7 @@ def binance_trade(k, number, kinds, values, ts_recv, out, r):
     return S_TRADE, k, sent, r + 1
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, forceinline=True)
 def binance_quote(k, kinds, values, ts_recv, out, r):
     "Write the venue's best bid and ask"
     sent, ts = time_of(kinds, values, 69, 0), time_of(kinds, values, 84, 0)
@@ -240,16 +243,16 @@ _DEPTH, _TRADE = literal('depthUpdate"'), literal('trade"')
 _AGG, _BOOK = literal('aggTrade"'), literal('bookTicker"')
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, forceinline=True)
 def binance_frame(rule, b, p, stop, ts_recv, tables, state, kinds, values, out, r):
     "Scan one frame; gives stream or LEFT, symbol, venue's send time (ns), next free row"
-    is_wrapped = b[p + 2] == 115 and b[p + 3] == 116
+    is_wrapped = at(b, p + 2) == 115 and at(b, p + 3) == 116
     if is_wrapped:
         p = match(b, skip_text(b, match(b, p, _STREAM)), _DATA)
-    if p < 0 or b[p] != 123:
+    if p < 0 or at(b, p) != 123:
         return LEFT, 0, 0, r
     p, k, end = read_object(b, p, tables, kinds, values, out, r)
-    if p < 0 or (is_wrapped and b[p] != 125) or p + is_wrapped != stop:
+    if p < 0 or (is_wrapped and at(b, p) != 125) or p + is_wrapped != stop:
         return LEFT, 0, 0, r
     e = values[101]
     if kinds[101] == 0 or (kinds[101] == K_TEXT and match(b, e, _BOOK) >= 0):
