@@ -232,6 +232,33 @@ def test_mutated_frames_are_read_alike_by_both():
     assert expected <= set(seen), seen
 
 
+def test_every_single_byte_that_is_lost_changed_or_put_in_is_seen_alike():
+    "Exhaustive where random damage is thin: each position of one frame of each shape, each byte that JSON is made of"
+    for wire, markets, frames in cases(random.Random(2)):
+        fast, slow = fast_decoder(wire, markets), DECODERS[wire](markets)
+        for decoder in (slow, fast.strict):
+            for frame in frames[: 4 if wire == "bybit.v5" else 1]:
+                decoder.decode(frame, 1)
+        state, shapes = slow.state.copy(), {}
+        for frame in frames[4 if wire == "bybit.v5" else 1 : 60]:
+            data = orjson.loads(frame).get("data", {})
+            n = len(data) if type(data) is list else len(data.get("b", "")) > 1
+            shapes.setdefault((frame[:30], frame[:12] == b'{"topic":"pu' and n > 1), frame)
+        assert len(shapes) >= 3
+        for frame in shapes.values():
+            damaged = {frame[:i] + frame[i + 1 :] for i in range(len(frame))}
+            for c in b'{}[],:".-e0 \\\n':
+                damaged |= {frame[:i] + bytes([c]) + frame[i:] for i in range(len(frame) + 1)}
+                damaged |= {frame[:i] + bytes([c]) + frame[i + 1 :] for i in range(len(frame))}
+            for one in sorted(damaged):
+                assert same(slow.decode(one, 10**18), fast.decode(one, 10**18)), (wire, one)
+                assert (slow.state == fast.strict.state).all(), (wire, one)
+                for decoder in (slow, fast.strict):
+                    decoder.state[:] = state
+                    for join in getattr(decoder, "joins", {}).values():
+                        join.clear()
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_a_batch_with_everything_in_it_is_the_sum_of_its_frames(seed):
     rng = random.Random(seed)

@@ -110,7 +110,11 @@ def bybit_trades(b, p, stop, ts_recv, tables, state, out, r):
         side = 1 if buy >= 0 else -1
         fill(out[end], ts * 1_000_000, ts_recv, number, KIND_TRADE, side, ticks, lots)
         end += 1
-        p += 1 + (at(b, p + 1) == 44 and at(b, p + 2) == 123)
+        p += 1
+        if at(b, p) == 44 and at(b, p + 1) == 123:
+            p += 1
+        elif at(b, p) != 93:
+            return LEFT, 0, 0, r
     if p < 0 or at(b, p) != 93 or at(b, p + 1) != 125 or p + 2 != stop or sent > MAX_MS:
         return LEFT, 0, 0, r
     if end > r:
