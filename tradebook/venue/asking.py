@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['ask_bybit', 'ask_binance', 'ask_kraken', 'ask_kraken_futures', 'ask_coinbase', 'ask_okx', 'ask_kucoin', 'ask_bingx',
-           'market_kind', 'plain_name', 'kraken_futures_name']
+           'market_kind', 'plain_name', 'kraken_futures_name', 'leave']
 
 # %% ../../nbs/venue/17_asking.ipynb #7162d6b0
+import re
+
 import orjson
 
 from ..base.errors import DataError
@@ -125,3 +127,14 @@ def kraken_futures_name(
     "PI_XBTUSD is inverse, PF_XBTUSD linear"
     start = "PI_" if market_kind(symbol) == "inverse" else "PF_"
     return start + plain_name(symbol, rename=(("BTC", "XBT"),))
+
+# %% ../../nbs/venue/17_asking.ipynb #e19f5740
+_VERB = re.compile(r'"(op|event|type|method|reqType)":"(subscribe|SUBSCRIBE|sub)"')
+_LEAVE = {"subscribe": "unsubscribe", "SUBSCRIBE": "UNSUBSCRIBE", "sub": "unsub"}
+
+
+def leave(
+    frames: list[str],  # As from one of the functions above
+) -> list[str]:  # The frames that take the subscription back
+    "Turn subscriptions into their opposite"
+    return [_VERB.sub(lambda m: f'"{m[1]}":"{_LEAVE[m[2]]}"', frame, count=1) for frame in frames]

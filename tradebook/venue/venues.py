@@ -25,6 +25,7 @@ from tradebook.venue.asking import (
     ask_kucoin,
     ask_okx,
     kraken_futures_name,
+    leave,
     market_kind,
     plain_name,
 )
@@ -81,6 +82,12 @@ class VenueSpec:
     ) -> list[str]:
         "Write the frames that subscribe to some streams of some markets"
         return self.ask(self.topics_for(list(ids), list(streams)))
+
+    def unsubscribe(
+        self, ids: Iterable[str], streams: Iterable[str] = ("book", "trade")
+    ) -> list[str]:
+        "Write the frames that take it back"
+        return leave(self.subscribe(ids, streams))
 
     def with_urls(self, urls: dict[str, str]) -> "VenueSpec":
         "Talk to other addresses: keys 'ws' and 'rest'"
