@@ -42,7 +42,7 @@ from tradebook.market.synthetic import (
 # %% ../../nbs/market/24_excited.ipynb #fba38153
 STEP_NS = NS_PER_S // 20  # The market publishes its book this often
 STEPS_PER_S = NS_PER_S // STEP_NS
-IMPACT_BPS = 0.26  # Move of the fair value by a complete surprise of mean size
+IMPACT_BPS = 0.36  # Move of the fair value by a complete surprise of mean size
 PLAN = np.dtype(
     [
         ("push_bps", "<f8"),  # Move of the fair value in this step, bps of the first price
@@ -224,10 +224,10 @@ def _follow(world, rng, fair_ticks, pressure, depth, is_forced):
     "Let the makers look at the fair value once"
     mid = 0.5 * (world.best[0] + world.best[1])
     is_wide = world.best[1] - world.best[0] > 3
-    is_away = abs(fair_ticks - mid) > ZONE_TICKS or is_wide
-    if is_forced or (is_away and rng.random() < FOLLOW):
+    is_away = abs(fair_ticks - mid) > ZONE_TICKS
+    if is_forced or is_wide or (is_away and rng.random() < FOLLOW):
         spread = 1
-        while spread < 6 and rng.random() < 0.02:
+        while spread < 6 and rng.random() < 0.01:
             spread += 1
         bid = math.floor(fair_ticks - 0.5 * spread + 0.5)
         _requote(world, rng, bid, spread, pressure, depth)
@@ -238,7 +238,7 @@ def _follow(world, rng, fair_ticks, pressure, depth, is_forced):
 @njit(cache=True, nogil=True)
 def _buy_chance(base, excess, pressure):
     "Chance that a taker who comes now is a buyer"
-    odds = math.exp(2 * LEAN * pressure)
+    odds = math.exp(LEAN * pressure)
     buy = (base[5] + excess[5].sum()) * odds
     return buy / (buy + base[4] + excess[4].sum())
 
