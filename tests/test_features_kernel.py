@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tradebook.features.checks import check_mirror, check_stream, check_truncation, compare_rows
 from tradebook.features.rows import FeatureStream, build_features, join_rows
-from tradebook.features.schema import FAMILIES, feature_set
+from tradebook.features.schema import feature_set
 from tradebook.market.events import (
     FLAG_LAST,
     KIND_CLEAR,
@@ -191,7 +191,7 @@ def slow_row(t, n, book, trades, messages, changes, pushes, mids, sizes, first):
     for name, stamps in (("quote_rate_5s", changes), ("message_rate_5s", messages)):
         seen, s = since(stamps, 5)
         x[name] = np.nan if seen is None else len(seen) / s
-    return [x[f.name] for family in FAMILIES.values() for f in family]
+    return [x[name] for name in feature_set().names]
 
 
 def test_every_column_equals_a_slow_reference(market):

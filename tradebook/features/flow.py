@@ -9,8 +9,8 @@ __all__ = ['NO_ASK', 'N_LEVELS', 'level_pressure', 'flow_step', 'flow_beat', 'de
 import numpy as np
 from numba import njit
 
+from .columns import FLOW_HALF_LIVES_S, FLOW_LEVELS
 from .price import window_lag
-from .schema import FLOW_HALF_LIVES_S, FLOW_LEVELS
 
 # %% ../../nbs/features/03_flow.ipynb #6ce04f64
 @njit(cache=True, nogil=True, no_cfunc_wrapper=True)

@@ -9,7 +9,7 @@ __all__ = ['MID', 'spread_bps', 'microprice_offset_bps', 'total_at', 'since', 'w
 import numpy as np
 from numba import njit
 
-from .schema import WARM_UP_S, WINDOWS_S
+from .columns import WARM_UP_S, WINDOWS_S
 
 # %% ../../nbs/features/01_price.ipynb #dd1c8eae
 @njit(cache=True, nogil=True, no_cfunc_wrapper=True)

@@ -9,7 +9,7 @@ __all__ = ['imbalance', 'depth_within', 'mean_distance', 'depth_step', 'level_si
 import numpy as np
 from numba import njit
 
-from .schema import SHAPE_LEVELS
+from .columns import SHAPE_LEVELS
 
 # %% ../../nbs/features/02_shape.ipynb #b75ebc4a
 @njit(cache=True, nogil=True, no_cfunc_wrapper=True)

@@ -9,8 +9,8 @@ __all__ = ['SIGNED', 'VOLUME', 'TRADES', 'aggressor', 'tape_step', 'rate', 'emit
 import numpy as np
 from numba import njit
 
+from .columns import WINDOWS_S
 from .price import since, window_lag
-from .schema import WINDOWS_S
 
 # %% ../../nbs/features/04_tape.ipynb #e58530c3
 @njit(cache=True, nogil=True, no_cfunc_wrapper=True)

@@ -11,8 +11,8 @@ import math
 import numpy as np
 from numba import njit
 
+from .columns import VOLATILITY_WINDOWS_S
 from .price import MID, return_bps, since, total_at, window_lag
-from .schema import VOLATILITY_WINDOWS_S
 
 # %% ../../nbs/features/05_volatility.ipynb #a945b432
 SQUARES, SEEN = 4, 5  # ring columns: squared one-second moves, and the number of them
