@@ -36,6 +36,24 @@ def _opened(raw, name):
         yield name, raw
 
 # %% ../../nbs/market/12_sources.ipynb #1dc13b59
+def _chunks(stream, size):
+    "Pieces of a stream, and with the last one why it ended too early, if it did"
+    parts, n = [], 0
+    while True:
+        try:
+            part = stream.read1(1 << 18)  # a longer read would lose what a broken end leaves
+        except (EOFError, OSError, zlib.error, zipfile.BadZipFile) as error:
+            yield b"".join(parts), str(error)
+            return
+        parts.append(part)
+        n += len(part)
+        if not part or n >= size:
+            yield b"".join(parts), ""
+            parts, n = [], 0
+        if not part:
+            return
+
+# %% ../../nbs/market/12_sources.ipynb #49ede18b
 class Block(NamedTuple):
     "Some lines of a file"
 
@@ -53,23 +71,20 @@ def line_blocks(
     "Read the lines of a file, block by block"
     with Path(path).open("rb") as raw:
         for name, stream in _opened(raw, Path(path).name):
-            rest, first = b"", 1
-            try:
-                while chunk := stream.read(size):
-                    whole, newline, rest = (rest + chunk).rpartition(b"\n")
-                    if newline:
-                        yield Block(name, first, whole + newline)
-                        first += whole.count(b"\n") + 1
-                    if moved:
-                        moved(raw.tell())
-            except (EOFError, OSError, zlib.error, zipfile.BadZipFile) as error:
+            rest, first, error = b"", 1, ""
+            for chunk, why in _chunks(stream, size):
+                error = why
+                whole, newline, rest = (rest + chunk).rpartition(b"\n")
+                if newline:
+                    yield Block(name, first, whole + newline)
+                    first += whole.count(b"\n") + 1
+                if moved:
+                    moved(raw.tell())
+            if error:
                 text = rest[:200].decode(errors="replace")
-                refusals.add(
-                    "file cut off",
-                    {"file": name, "line": first, "text": text, "error": str(error)},
-                )
-                continue
-            if rest:
+                found = {"file": name, "line": first, "text": text, "error": error}
+                refusals.add("file cut off", found)
+            elif rest:
                 yield Block(name, first, rest + b"\n")
 
 # %% ../../nbs/market/12_sources.ipynb #815e7995

@@ -1,0 +1,303 @@
+"""Files of others: what goes out comes back, damage is named by file and line, and the real hftbacktest agrees."""
+
+import gzip
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tradebook.base.errors import DataError
+from tradebook.market.events import (
+    EVENT,
+    FLAG_LAST,
+    FLAG_SNAPSHOT,
+    KIND_CLEAR,
+    KIND_GAP,
+    KIND_LEVEL,
+    KIND_TRADE,
+    check_events,
+    make_events,
+    merge_events,
+)
+from tradebook.market.hftbacktest import (
+    HFT_BUY,
+    HFT_ROW,
+    HFT_SELL,
+    begin_whole,
+    read_hftbacktest,
+    write_hftbacktest,
+)
+from tradebook.market.instruments import instrument
+from tradebook.market.quotes import quotes
+from tradebook.market.sources import Hints, infer_step
+from tradebook.market.synthetic import synthetic_market
+from tradebook.market.tardis import read_tardis, write_tardis
+
+few = settings(max_examples=25, deadline=None)
+START, US = 1_767_657_600_000_000_000, 1_000
+OF = instrument("binance", "BTC/USDT")
+
+
+@st.composite
+def streams(draw):
+    "Messages at whole, different microseconds: a snapshot, then changes, trades and holes with a snapshot behind"
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    n, ts, out = draw(st.integers(1, 12)), START, []
+    for k in range(n):
+        ts += int(rng.integers(1, 900_000)) * US
+        what = 0 if k == 0 else int(rng.integers(0, 4))
+        rows = int(rng.integers(1, 5))
+        size = {"size_lots": rng.integers(0, 10**9, rows), "side": rng.choice([-1, 1], rows)}
+        size["price_ticks"] = rng.choice(np.arange(6_000_000, 6_000_100), rows, replace=False)
+        times = {"ts_event": ts - int(rng.integers(0, 5_000)) * US, "ts_recv": ts}
+        if what == 3:  # a hole that only a snapshot ends
+            ts += 2 * 10**9
+            times = {"ts_event": ts, "ts_recv": ts}
+            length = ts - int(out[-1]["ts_recv"][0]) if out else 0
+            books = [m for m in out if m["kind"][0] != KIND_TRADE]
+            length = ts - int(books[-1]["ts_recv"][0])
+            gap = make_events(ts_recv=ts, kind=KIND_GAP, size_lots=length, flags=FLAG_LAST)
+            out.append(gap)
+        if what in (0, 3):
+            flags = {"flags": FLAG_SNAPSHOT}
+            clear = make_events(kind=KIND_CLEAR, **times, **flags)
+            message = np.concatenate(
+                [clear, make_events(kind=KIND_LEVEL, **times, **size, **flags)]
+            )
+            if k and what == 0:
+                message = message[:0]
+        elif what == 1:
+            message = make_events(kind=KIND_LEVEL, **times, **size)
+        else:
+            size["side"] = rng.integers(-1, 2, rows)
+            numbers = {"sequence": rng.integers(1, 10**12, rows)}
+            message = make_events(kind=KIND_TRADE, **times, **size, **numbers)
+        if len(message):
+            message["flags"][-1] |= FLAG_LAST
+            out.append(message)
+    return np.concatenate(out)
+
+
+def same_rows(a, b):
+    "Tell that two streams are equal in every field"
+    return a.dtype == b.dtype == EVENT and len(a) == len(b) and bool((a == b).all())
+
+
+def with_trades_first(events):
+    "The same events; at one microsecond trades before the book, as Tardis's two files are read"
+    is_trade = events["kind"] == KIND_TRADE
+    return merge_events(events[is_trade], events[~is_trade])
+
+
+def in_microseconds(events):
+    "What Tardis's columns can hold of a stream"
+    out = events[np.isin(events["kind"], (KIND_CLEAR, KIND_LEVEL, KIND_TRADE))].copy()
+    out["ts_event"] = np.where(out["ts_event"] > 0, out["ts_event"], out["ts_recv"]) // US * US
+    out["ts_recv"] = out["ts_recv"] // US * US
+    out["sequence"][out["kind"] != KIND_TRADE] = 0
+    return with_trades_first(out)
+
+
+# --- out and in again
+
+
+@few
+@given(streams())
+def test_tardis_gives_back_what_it_was_given(tmp_path_factory, events):
+    check_events(events)
+    told = write_tardis(events, OF, tmp_path_factory.mktemp("tardis"))
+    n_gaps = int((events["kind"] == KIND_GAP).sum())
+    assert told["left_out"] == ({"gap": n_gaps} if n_gaps else {}) and told["n_merged"] == 0
+    (made,) = read_tardis(told["files"][::-1])
+    check_events(made.events)
+    assert (made.instrument, made.report.refused) == (OF, {})
+    assert same_rows(made.events, with_trades_first(events))  # holes too: told by the silence
+    assert made.report.n_rows_read == told["n_rows"]
+
+
+@few
+@given(streams())
+def test_hftbacktest_gives_back_what_it_was_given(tmp_path_factory, events):
+    path = tmp_path_factory.mktemp("npz") / "x.npz"
+    told = write_hftbacktest(events, OF, path)
+    (made,) = read_hftbacktest([path], Hints(OF.venue, OF.symbol))
+    check_events(made.events)
+    assert made.report.refused == {} and made.report.n_rows_read == len(events)
+    assert told["n_rows"] - made.report.notes["n_for_the_exchange_only"] == len(events)
+    assert same_rows(made.events, events)
+
+
+@few
+@given(st.integers(-8, 2), st.sampled_from([1, 2, 5]), st.lists(st.integers(1, 10**6), min_size=1))
+def test_an_inferred_step_divides_everything_and_no_larger_one_does(power, multiple, units):
+    step = float(f"{multiple}e{power}")
+    found = infer_step(np.array(units) * step)
+    assert found >= step * (1 - 1e-12)
+    ratio = np.array(units) * step / found
+    assert np.abs(ratio - np.round(ratio)).max() < 1e-6
+
+
+# --- the real hftbacktest
+
+
+def best_of_hftbacktest(path, of):
+    "Receive times, best ticks and their quantities after each feed message, from the real package"
+    hbt = pytest.importorskip("hftbacktest")
+    asset = hbt.BacktestAsset().data([str(path)]).linear_asset(1.0).risk_adverse_queue_model()
+    asset.constant_order_latency(0, 0).no_partial_fill_exchange().trading_value_fee_model(0, 0)
+    asset.tick_size(of.tick_size).lot_size(of.lot_size).last_trades_capacity(0)
+    backtest, out = hbt.HashMapMarketDepthBacktest([asset]), []
+    depth = backtest.depth(0)
+    while backtest.wait_next_feed(False, 10**18) == 2:
+        bid, ask = depth.best_bid_tick, depth.best_ask_tick
+        quantities = depth.bid_qty_at_tick(bid), depth.ask_qty_at_tick(ask)
+        out.append((backtest.current_timestamp, bid, ask, *quantities))
+    backtest.close()
+    return np.array(out)
+
+
+def assert_same_best(path, events, of, at_least):
+    "Compare wherever both sides of our book stand"
+    theirs, ours = best_of_hftbacktest(path, of), quotes(events)
+    last = np.append(theirs[1:, 0] != theirs[:-1, 0], True)
+    theirs, once = theirs[last], np.append(np.diff(ours["ts_recv"]) != 0, True)
+    ours = ours[once]
+    ours = ours[(ours["bid_ticks"] >= 0) & (ours["ask_ticks"] >= 0)]
+    _, left, right = np.intersect1d(theirs[:, 0], ours["ts_recv"], return_indices=True)
+    assert len(left) >= len(ours) - 1  # it ends at the last message instead of telling it
+    assert len(left) >= at_least
+    for k, name in enumerate(("bid_ticks", "ask_ticks"), 1):
+        assert (theirs[left, k] == ours[name][right]).all(), name
+    for k, name in enumerate(("bid_lots", "ask_lots"), 3):
+        lots = np.round(theirs[left, k] / of.lot_size).astype(np.int64)
+        assert (lots == ours[name][right]).all(), name
+
+
+def test_the_real_hftbacktest_sees_our_best_prices(tmp_path):
+    "A market with two more snapshots and a hole in it"
+    market = synthetic_market(seed=11, duration_s=40)
+    events, of = market.events, market.instrument
+    cuts = [int(events["ts_recv"][0]) + s * 10**9 for s in (12, 25)]
+    parts = [events[events["ts_recv"] < cuts[0]]]
+    middle = begin_whole(events[events["ts_recv"] < cuts[1]], cuts[0])
+    late = begin_whole(events, cuts[1] + 3 * 10**9)
+    hole = make_events(
+        ts_recv=late["ts_recv"][0], kind=KIND_GAP, size_lots=3 * 10**9, flags=FLAG_LAST
+    )
+    joined = np.concatenate([*parts, middle, hole, late])
+    check_events(joined)
+    write_hftbacktest(joined, of, tmp_path / "x.npz")
+    assert_same_best(tmp_path / "x.npz", joined, of, 200)
+
+
+# --- damage
+
+
+def test_wrong_rows_of_tardis_are_named_by_file_and_line(tmp_path):
+    events = synthetic_market(seed=5, duration_s=10).events
+    of = synthetic_market(seed=5, duration_s=10).instrument
+    told = write_tardis(events, of, tmp_path)
+    path = next(f for f in told["files"] if "incremental" in f)
+    lines = gzip.open(path).read().splitlines()
+    n_good, damage = len(lines) - 1, {}
+    for line, (reason, change) in {
+        40: ("not a row", lambda f: f[:-1]),
+        50: ("value not readable", lambda f: [*f[:6], b"12.x", f[7]]),
+        60: ("value not readable", lambda f: [*f[:5], b"up", *f[6:]]),
+        70: ("value not readable", lambda f: [*f[:4], b"maybe", *f[5:]]),
+        80: ("price off the grid", lambda f: [*f[:6], f[6] + b"3", f[7]]),
+        90: ("size off the grid", lambda f: [*f[:7], b"-1"]),
+        100: ("receive time went back", lambda f: [*f[:3], b"1600000000000000", *f[4:]]),
+    }.items():
+        lines[line - 1] = b",".join(change(lines[line - 1].split(b",")))
+        damage.setdefault(reason, []).append(line)
+    damaged = tmp_path / "damaged.csv"
+    damaged.write_bytes(b"\n".join(lines) + b"\n")
+    (made,) = read_tardis([damaged], Hints(known=lambda *_: of))
+    check_events(made.events)
+    found = {why: sorted(r["line"] for r in rows) for why, rows in made.refused_rows.items()}
+    assert found == damage
+    assert {r["file"] for rows in made.refused_rows.values() for r in rows} == {"damaged.csv"}
+    n_levels = int((made.events["kind"] == KIND_LEVEL).sum())
+    assert made.report.n_rows_read == n_good == n_levels + made.report.n_refused
+
+
+def test_a_tardis_file_that_was_cut_off_gives_what_is_left(tmp_path):
+    market = synthetic_market(seed=5, duration_s=60)
+    told = write_tardis(market.events, market.instrument, tmp_path)
+    path = next(f for f in told["files"] if "incremental" in f)
+    cut = tmp_path / "cut.csv.gz"
+    with open(path, "rb") as file:
+        cut.write_bytes(file.read()[:-4_000])
+    (made,) = read_tardis([cut], Hints(known=lambda *_: market.instrument))
+    check_events(made.events)
+    assert made.report.refused == {"file cut off": 1} and len(made.events) > 100
+    whole = in_microseconds(market.events)
+    whole = whole[whole["kind"] != KIND_TRADE]
+    for name in set(EVENT.names) - {"flags"}:  # the last message may have lost its end
+        assert (made.events[name] == whole[name][: len(made.events)]).all()
+
+
+def test_wrong_rows_of_an_npz_are_named(tmp_path):
+    market = synthetic_market(seed=5, duration_s=20)
+    write_hftbacktest(market.events, market.instrument, tmp_path / "x.npz")
+    rows = np.load(tmp_path / "x.npz")["data"]
+    at = np.flatnonzero((rows["ev"] & np.uint64(0xFF)) == 1)[[10, 20, 30, 40, 50]]
+    rows["px"][at[0]], rows["qty"][at[1]], rows["px"][at[2]] = np.nan, -1.0, 1e12
+    rows["ev"][at[3]] = rows["ev"][at[3]] - 1 + 10  # an order was added
+    rows["local_ts"][at[4]] = 5
+    np.savez(tmp_path / "bad.npz", data=rows)
+    of = market.instrument
+    (made,) = read_hftbacktest([tmp_path / "bad.npz"], Hints(of.venue, of.symbol))
+    check_events(made.events)
+    assert {why: [r["row"] for r in found] for why, found in made.refused_rows.items()} == {
+        "price off the grid": [at[0]],
+        "size off the grid": [at[1]],
+        "price beyond int32 ticks": [at[2]],
+        "unknown kind of event": [at[3]],
+        "receive time went back": [at[4]],
+    }
+    assert made.report.n_rows_read == len(made.events) + made.report.n_refused
+
+
+def test_clears_of_one_side_do_what_the_real_hftbacktest_does(tmp_path):
+    "As its own converters write snapshots: each side is cleared as far as the snapshot reaches"
+    rng, rows, ts = np.random.default_rng(3), [], START
+    for k in range(40):
+        ts += 10**8
+        if k % 8 == 0:
+            reach = int(rng.integers(1, 6))
+            for side, flag in ((-1, HFT_BUY), (1, HFT_SELL)):
+                prices = [1_000 + side * j for j in range(1, reach + 1)]
+                rows.append((3 | flag, ts, prices[-1], 0))
+                rows += [
+                    (4 | flag, ts, p, int(rng.integers(1, 9)))
+                    for p in prices
+                    if rng.random() < 0.8 or p == prices[0]
+                ]
+        else:
+            side, flag = ((-1, HFT_BUY), (1, HFT_SELL))[int(rng.integers(0, 2))]
+            rows.append(
+                (1 | flag, ts, 1_000 + side * int(rng.integers(1, 9)), int(rng.integers(0, 5)))
+            )
+    data = np.zeros(len(rows), HFT_ROW)
+    data["ev"] = np.array([r[0] for r in rows], np.uint64) | np.uint64(3 << 30)
+    data["exch_ts"] = data["local_ts"] = [r[1] for r in rows]
+    data["px"], data["qty"] = [r[2] * 0.5 for r in rows], [r[3] for r in rows]
+    np.savez(tmp_path / "x.npz", data=data)
+    hints = Hints("somewhere", "A/B:B", tick_size=0.5, lot_size=1.0)
+    (made,) = read_hftbacktest([tmp_path / "x.npz"], hints)
+    check_events(made.events)
+    assert_same_best(tmp_path / "x.npz", made.events, made.instrument, 25)
+
+
+def test_what_is_no_such_file_says_what_it_is(tmp_path):
+    (tmp_path / "a.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(DataError, match=r"a\.csv must be a Tardis CSV.*had a,b"):
+        list(read_tardis([tmp_path / "a.csv"]))
+    (tmp_path / "e.csv").write_text("")
+    with pytest.raises(DataError, match="was empty"):
+        list(read_tardis([tmp_path / "e.csv"]))
+    with pytest.raises(DataError, match=r"a\.csv must be an npz"):
+        list(read_hftbacktest([tmp_path / "a.csv"], Hints("a", "b/c")))
