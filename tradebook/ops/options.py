@@ -78,7 +78,7 @@ def shown(is_quiet: bool) -> Iterator:
     "Show stages while a job runs"
     from tradebook.ops.progress import Stages
 
-    stages = Stages(isshown=False if is_quiet else None)
+    stages = Stages(is_shown=False if is_quiet else None)
     try:
         yield stages
     finally:
