@@ -33,6 +33,7 @@ from tradebook.ops.options import (
     span,
     value_lines,
 )
+from .verbs_data import data_app
 
 # %% ../../nbs/ops/07_cli.ipynb #025b4832
 app = typer.Typer(
@@ -45,6 +46,7 @@ app = typer.Typer(
 )
 config_app = typer.Typer(no_args_is_help=True, help="Look at settings.", rich_markup_mode=None)
 app.add_typer(config_app, name="config")
+app.add_typer(data_app, name="data")
 
 # %% ../../nbs/ops/07_cli.ipynb #37bb4657
 @config_app.command("show")
