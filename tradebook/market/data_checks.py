@@ -121,7 +121,7 @@ class Watch(NamedTuple):
 def new_watch() -> Watch:  # Nothing seen yet
     "Make the state of a pass"
     now = np.zeros(22, np.int64)
-    now[_LEAST], now[_FIRST_LEAST] = 1 << 62, 1 << 62
+    now[_LEAST], now[_FIRST_LEAST], now[_BID], now[_ASK] = 1 << 62, 1 << 62, -1, -1
     tallies = np.zeros(len(CODES), TALLY), np.zeros(8, TALLY)
     arrays = np.zeros((8, 5), np.int64), np.zeros(N_SEEN, np.int64), now
     limits = np.array([bound.limit for bound in BOUNDS.values()])

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from ..base.errors import DataError
+from .book import apply_events
 from tradebook.market.coverage import (
     TOLERANCE_NS,
     ExplainedHole,
@@ -58,6 +59,7 @@ def _watch_part(watch: Watch, path: Path, part: Part, window: tuple[int, int]) -
         for rows in read_pieces(path):
             digest.update(rows.view(np.uint8))
             first, last = np.searchsorted(rows["ts_recv"], window)
+            apply_events(watch.book, rows, 0, first)  # the book as the window begins
             watch_events(watch, rows[first:last])
     except (OSError, ValueError, DataError) as error:
         return judge("UNREADABLE", *at, f"{part.date}/{part.file}: {error}")

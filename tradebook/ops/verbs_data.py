@@ -8,6 +8,7 @@ __all__ = ['AnyVenue', 'AnySymbol', 'data_app', 'FAILED', 'columns_text', 'chose
 
 # %% ../../nbs/ops/20_verbs_data.ipynb #1d196385
 from pathlib import Path
+from textwrap import shorten
 from typing import Annotated, Any
 
 import typer
@@ -85,7 +86,7 @@ def _day_line(row: dict[str, Any]) -> dict[str, str]:
         "messages": "unreadable" if n is None else f"{n:,}",
         "on disk": _size_text(row["n_bytes"]),
         "B/message": "" if each is None else f"{each:,.1f}",
-        "source": "; ".join(row["sources"]) or "no file",
+        "source": shorten("; ".join(row["sources"]) or "no file", 60, placeholder=" …"),
     }
 
 # %% ../../nbs/ops/20_verbs_data.ipynb #735357d0
@@ -160,11 +161,10 @@ def _finding_line(row: dict[str, Any]) -> dict[str, str]:
         "code": row["code"],
         "count": f"{row['count']:,}",
         "share": f"{row['share']:.3%}".replace("%", " %") + f" of {row['base']}",
-        "fails above": f"{row['fail']:.3g}",
+        "fails above": f"{100 * row['fail']:.3g} %",
         "worst": worst,
         "at (UTC)": at,
         "what": row["detail"],
-        "what to do": row["remedy"] if row["severity"] != "ok" else "",
     }
 
 
@@ -187,6 +187,11 @@ def check_text(
     if r["findings"]:
         rows = [_finding_line(f) for f in r["findings"]]
         lines += ["", columns_text(rows, ("count", "worst", "fails above"))]
+        bad = [f for f in r["findings"] if f["severity"] != "ok"]
+        remedies = dict.fromkeys(f["remedy"] for f in bad)
+        for remedy in remedies:
+            codes = ", ".join(f["code"] for f in bad if f["remedy"] == remedy)
+            lines.append(f"  {codes}: {remedy}.")
     if r["n_holes"]:
         causes = [f"{n:,} {code or 'without an incident'}" for code, n in r["causes"].items()]
         lines += ["", f"{r['n_holes']:,} holes: {', '.join(causes)}. The longest:"]
