@@ -64,10 +64,11 @@ class Collector:
         folder: Path,  # Where segments lie; each market has its own folder in it
         segment_s: int = 3600,  # Length of a segment; must divide a day
         sync_s: float = 1.0,  # Seconds that a power failure may cost
+        on_hole: Callable[[int, int], object] = lambda start_ns, until_ns: None,  # Hears of each
     ):
         if segment_s <= 0 or 86_400 % segment_s:
             raise DataError(f"segment_s must divide a day of 86400 seconds, was {segment_s}")
-        self.store, self.of = store, of
+        self.store, self.of, self.on_hole = store, of, on_hole
         self.folder = Path(folder) / of.venue / folder_name(of.symbol)
         self.segment_ns, self.sync_s = segment_s * 1_000_000_000, sync_s
         self.counts, self.refused = Counter(), Counter()
@@ -75,6 +76,11 @@ class Collector:
         self._lock = _lock_folder(self.folder)
         self.last_ns = self._recorded_until()  # Newest ts_recv recorded; 0 when there is none
         self._is_torn = self.last_ns > 0  # Something is missing before the next message
+        self._hole_ns = 0  # End of the latest hole
+
+    def tear(self):
+        "Note that something is missing before the next message"
+        self._is_torn = self.last_ns > 0
 
     def segments(self) -> list[Path]:
         "List the segments that are not in the store yet, oldest first"
@@ -136,7 +142,7 @@ def _refuse(self: Collector, rows, reason):
         self._aside = SegmentWriter(self.folder / "refused", max(0, int(rows["ts_recv"][0])))
     self._aside.append(rows)
     self.refused[reason] += 1
-    self._is_torn = self.last_ns > 0
+    self.tear()
 
 # %% ../../nbs/collector/01_collector.ipynb #ccd61505
 @patch
@@ -147,12 +153,32 @@ def _record(self: Collector, rows):
         hole = {"kind": KIND_GAP, "size_lots": first - self.last_ns, "flags": FLAG_LAST}
         rows = np.concatenate([make_events(ts_recv=first, **hole), rows])
         self.counts["n_gaps_added"] += 1
-    self._is_torn = False
+    rows, holes = self._fit_holes(rows)
     buckets = rows["ts_recv"] // self.segment_ns
     for part in np.split(rows, np.flatnonzero(np.diff(buckets)) + 1):
         self._append(part, int(part["ts_recv"][0]) // self.segment_ns)
+    self._is_torn = False
+    for hole in holes:
+        self.on_hole(*hole)
     self.counts["n_messages"] += int(np.count_nonzero(rows["flags"] & FLAG_LAST))
     self.counts["n_events"] += len(rows)
+
+
+@patch
+def _fit_holes(self: Collector, rows):
+    "Let each hole begin where the recording ends, and none twice"
+    places = np.flatnonzero(rows["kind"] == KIND_GAP)
+    rows = rows.copy() if len(places) else rows
+    holes = []
+    for i in places:
+        until = int(rows["ts_recv"][i])
+        start = until - int(rows["size_lots"][i])
+        if i == 0 and self._is_torn:
+            start = min(start, self.last_ns)
+        start = min(max(start, self._hole_ns), until)
+        rows["size_lots"][i], self._hole_ns = until - start, until
+        holes.append((start, until))
+    return rows, holes
 
 
 @patch

@@ -68,11 +68,12 @@ SUFFIX = ".segment"
 def new_segment(
     folder: Path,  # Where segments lie, made when missing
     start_ns: int,  # Time of the first row, ns UTC
+    suffix: str = SUFFIX,  # Ending of its name
 ) -> tuple[Path, int]:  # Its path and an open descriptor; the file is new and locked
     "Create a segment file that did not exist"
     folder.mkdir(parents=True, exist_ok=True)
     for counter in range(1_000):
-        path = folder / f"{start_ns:020d}-{counter:03d}{SUFFIX}"
+        path = folder / f"{start_ns:020d}-{counter:03d}{suffix}"
         try:
             handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
         except FileExistsError:
@@ -101,16 +102,18 @@ def is_in_use(
 class SegmentWriter:
     "One segment, open for appending"
 
+    magic, suffix = MAGIC, SUFFIX  # What the file begins with; how its name ends
+
     def __init__(
         self,
         folder: Path,  # Where segments lie
         start_ns: int,  # Time of the first row, ns UTC; part of the name
         sync_s: float = 1.0,  # Force to disk when this much time has passed; 0: each time
     ):
-        self.path, self._handle = new_segment(Path(folder), start_ns)
+        self.path, self._handle = new_segment(Path(folder), start_ns, self.suffix)
         self.sync_s, self._synced = sync_s, time.monotonic()
         self.n_rows = self.n_bytes = 0
-        self._write(MAGIC)
+        self._write(self.magic)
 
     def _write(self, content: bytes):
         "Write all of it or nothing"
