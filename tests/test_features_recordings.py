@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from tradebook.collector.wire_files import read_frames
 from tradebook.features.checks import check_mirror, check_stream, check_truncation
 from tradebook.features.rows import build_features
-from tradebook.market.frames import read_frames
 from tradebook.market.level2 import read_level2
 from tradebook.market.snapshots import read_snapshots
 

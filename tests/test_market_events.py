@@ -146,7 +146,7 @@ def test_quality_of_nothing_and_of_one_hole():
 
 @pytest.mark.parametrize("name", ["spot_btcusdt", "cm_ethusd_perp", "usdm_btcusdt"])
 def test_the_rebuilt_book_agrees_with_the_venues_own_quotes(recordings, name):
-    from tradebook.market.frames import read_frames
+    from tradebook.collector.wire_files import read_frames
 
     made = read_frames(sorted((recordings / "binance").glob(f"{name}_*.gz")))
     facts = quality(made.events, made.instrument)

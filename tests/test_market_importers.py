@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tradebook.base.errors import DataError
+from tradebook.collector.folder import import_folder, plan_imports
+from tradebook.collector.wire_files import read_frames
 from tradebook.market.book import apply_event, best, book_status, new_book, next_level, size_at
 from tradebook.market.events import (
     FLAG_LAST,
@@ -21,8 +23,6 @@ from tradebook.market.events import (
     KIND_TRADE,
     check_events,
 )
-from tradebook.market.folder import import_folder, plan_imports
-from tradebook.market.frames import read_frames
 from tradebook.market.importing import ImportReport, detect, to_units
 from tradebook.market.instruments import CATALOGUE, instrument
 from tradebook.market.level2 import read_level2
@@ -286,7 +286,7 @@ def test_damaged_lines_and_foreign_frames_are_set_aside(tmp_path):
         b"\n",
         line(9, **change),
         line(12, **change | {"s": "ETHUSDT"}),
-        line(13, e="kline", s="BTCUSDT"),
+        line(13, e="forceOrder", s="BTCUSDT"),
         line(14, e="trade", E=1, T=1, s="BTCUSDT", t=5, p="61837.645", q="1", m=True),
         line(15, e="trade", E=1, T=1, s="BTCUSDT", t=6, p="61837.64", q="1", m=True),
     ]

@@ -12,10 +12,10 @@ from tradebook.backtest.replay import run_backtest
 from tradebook.base.causes import Cause
 from tradebook.base.journal import Journal
 from tradebook.base.settings import load_settings
+from tradebook.collector.folder import import_folder
 from tradebook.features.rows import build_features
 from tradebook.features.schema import feature_set
 from tradebook.market.events import message_starts
-from tradebook.market.folder import import_folder
 from tradebook.market.store import Store
 from tradebook.market.synthetic import synthetic_market
 from tradebook.policy.rules import rules_from

@@ -15,6 +15,7 @@ import aiohttp
 import numpy as np
 import pytest
 
+from tradebook.collector.wire_files import read_frames
 from tradebook.market.events import (
     KIND_CLEAR,
     KIND_GAP,
@@ -23,7 +24,6 @@ from tradebook.market.events import (
     KIND_TRADE,
     message_starts,
 )
-from tradebook.market.frames import read_frames
 from tradebook.venue.binance import BinanceUsdmDecoder
 from tradebook.venue.bybit import BybitDecoder
 from tradebook.venue.rehearsal import Rehearsal, rehearse

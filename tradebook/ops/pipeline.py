@@ -22,10 +22,10 @@ from ..base.errors import TradebookError
 from ..base.journal import Journal
 from ..base.settings import Settings
 from ..collector.collector import Collector, collect
+from ..collector.folder import import_folder
 from ..features.rows import FeatureRows, build_features
 from ..features.schema import feature_set
 from ..labels.barriers import make_labels
-from ..market.folder import import_folder
 from ..market.instruments import Instrument
 from ..market.quotes import quotes
 from ..market.store import DAY_NS, Store
