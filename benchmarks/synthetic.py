@@ -1,8 +1,8 @@
 """Events a second of the excited market, beside the older synthetic market on the same core.
 
 Both are compiled before the clock runs. The excited market draws six exciting streams and a deeper book; the older one
-draws one stream, so it may be faster: the goal beside it is half its rate. Rates are of events that come out. Half of the
-mirrored world's events are a copy of the other half, turned over.
+draws one stream, so it may be faster: the goal beside it is half its rate. Rates are of events that come out. Half of
+the mirrored world's events are a copy of the other half, turned over.
 
     python benchmarks/synthetic.py [--json] [--seconds 3600] [--rounds 7]
 """
