@@ -173,6 +173,7 @@ class Values:
 
     root: Path  # Folder that relative paths start from
     paths: sections.Paths
+    data: sections.Data
     features: sections.Features
     labels: sections.Labels
     training: sections.Training
