@@ -53,9 +53,10 @@ class ReceiveClock:
     def __init__(
         self,
         read=read_clocks,  # Gives a Reading
+        after_ns: int = 0,  # Never tell a time before this one, ns UTC
     ):
         self._read, self._last = read, read()
-        self.offset = self._last.wall - self._last.mono
+        self.offset = max(self._last.wall, after_ns) - self._last.mono
         self._mono = time.monotonic_ns if read is read_clocks else lambda: read().mono
 
     def now_ns(self) -> int:
