@@ -15,12 +15,13 @@ from tradebook.market.book import (
     BOOK_INVALID,
     BOOK_LOCKED,
     BOOK_ONE_SIDED,
+    LEAN,
     Book,
     apply_event,
-    best,
-    book_status,
     new_book,
-    size_at,
+    set_level,
+    touch,
+    touch_status,
 )
 from tradebook.market.events import (
     EVENT,
@@ -48,21 +49,19 @@ QUOTE = np.dtype(
 )
 
 # %% ../../nbs/market/03_quotes.ipynb #1fbb2bb1
-@njit(cache=True, nogil=True)
+@njit(**LEAN, forceinline=True)
 def _write_quote(book, e, segment, row):
     "Fill one row of QUOTE from the book as it stands"
-    bid, ask = best(book, 0), best(book, 1)
-    row.ts_recv = e.ts_recv
-    row.ts_event = e.ts_event
-    row.bid_ticks = bid
-    row.ask_ticks = ask
-    row.bid_lots = size_at(book, 0, bid) if bid >= 0 else 0
-    row.ask_lots = size_at(book, 1, ask) if ask >= 0 else 0
+    bid_ticks, bid_lots = touch(book, 0)
+    ask_ticks, ask_lots = touch(book, 1)
+    row.ts_recv, row.ts_event = e.ts_recv, e.ts_event
+    row.bid_ticks, row.ask_ticks = bid_ticks, ask_ticks
+    row.bid_lots, row.ask_lots = bid_lots, ask_lots
     row.segment = segment
-    row.status = book_status(book)
+    row.status = touch_status(book, bid_ticks, ask_ticks)
 
 
-@njit(cache=True, nogil=True)
+@njit(**LEAN)
 def replay_quotes(
     book: Book,  # The book, changed
     events: np.ndarray,  # Rows of EVENT, (n,)
@@ -72,10 +71,13 @@ def replay_quotes(
     n, segment, is_changed = 0, 0, False
     for i in range(len(events)):
         e = events[i]
-        if e.kind <= KIND_LEVEL:
+        if e.kind == KIND_LEVEL:  # asked first, since it is nearly always so
+            set_level(book, np.int64(e.side < 0), e.price_ticks, e.size_lots)
+            is_changed = True
+        elif e.kind < KIND_LEVEL:
             apply_event(book, e.kind, e.side, e.price_ticks, e.size_lots)
+            is_changed |= e.kind == KIND_CLEAR
             segment += e.kind == KIND_GAP
-            is_changed |= e.kind != KIND_GAP
         if is_changed and e.flags & FLAG_LAST:
             _write_quote(book, e, segment, out[n])
             n += 1
