@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WINDOWS_S', 'VOLATILITY_WINDOWS_S', 'FLOW_LEVELS', 'FLOW_HALF_LIVES_S', 'SHAPE_LEVELS', 'DEPTH_HALF_LIFE_S',
            'WARM_UP_S', 'FORMULAS', 'CORE', 'CORE_PARAMETERS', 'DESK', 'DESK_PARAMETERS', 'FAMILIES', 'GROUPS',
-           'Feature']
+           'MESSAGE_DEPTHS', 'FLOW_MESSAGES', 'RETURN_MESSAGES', 'LONG_MESSAGES', 'MESSAGES', 'Feature']
 
 # %% ../../nbs/features/00_columns.ipynb #a088a88a
 from dataclasses import dataclass
@@ -131,3 +131,56 @@ DESK: dict = {}
 DESK_PARAMETERS: dict = {}
 FAMILIES = CORE | DESK
 GROUPS = tuple(FAMILIES)  # a group's place in this order is its number in the kernel
+
+# %% ../../nbs/features/00_columns.ipynb #1663ed0d
+MESSAGE_DEPTHS = (1, 3, 5, 10, 20)  # levels
+FLOW_MESSAGES, RETURN_MESSAGES = (10, 50, 250), (1, 10, 50, 250)
+LONG_MESSAGES = (50, 250, 1000)
+_OTHER = {"bid": "ask", "ask": "bid"}
+_DEPTHS = tuple(
+    Feature(f"{side}_depth_{k}_lots", "lots", False, f"Size in {k} levels", "Cont 2014", 0,
+            f"{_OTHER[side]}_depth_{k}_lots")
+    for side in _OTHER
+    for k in (5, 20)
+)  # fmt: skip
+_DISTANCES = tuple(
+    Feature(f"{side}_distance_ticks", "ticks", False, "Mean distance of its 20-level size",
+            "Naes 2006", 0, f"{_OTHER[side]}_distance_ticks")
+    for side in _OTHER
+)  # fmt: skip
+MESSAGES = (
+    Feature("mid_ticks", "ticks", False, "Mid", "definition"),
+    Feature("spread_ticks", "ticks", False, "Best ask minus best bid", "definition"),
+    Feature("microprice_offset_ticks", "ticks", True, "Size-weighted mid - mid", "Stoikov 2018"),
+    *(
+        Feature(f"imbalance_{k}", "ratio", True, f"Bid share in {k} levels", "Cartea 2018")
+        for k in MESSAGE_DEPTHS
+    ),
+    *_DEPTHS,
+    *_DISTANCES,
+    *(
+        Feature(f"ofi_level_{k}_lots", "lots", True, f"Order flow at level {k}", "Xu 2018")
+        for k in range(1, 11)
+    ),
+    *(
+        Feature(f"ofi_{k}_{w}m_lots", "lots", True, f"Order flow, {k} levels", "Cont 2014")
+        for k in (1, 10)
+        for w in FLOW_MESSAGES
+    ),
+    *(
+        Feature(f"return_{w}m_bps", "bps", True, f"Move of the mid over {w} messages", "plain")
+        for w in RETURN_MESSAGES
+    ),
+    *(
+        Feature(f"volatility_{w}m_ticks", "ticks", False, f"Root of squared moves, {w}", "plain")
+        for w in LONG_MESSAGES
+    ),
+    *(
+        Feature(f"trade_flow_{w}m_lots", "lots", True, f"Bought - sold, {w} messages", "Kyle")
+        for w in LONG_MESSAGES
+    ),
+    *(
+        Feature(f"trade_volume_{w}m_lots", "lots", False, f"Traded, {w} messages", "plain")
+        for w in LONG_MESSAGES[:2]
+    ),
+)
