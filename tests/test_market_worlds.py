@@ -255,6 +255,26 @@ def test_the_planted_lag_is_found(lag_s):
     assert np.nanmax(curve) > 5 * np.nanmedian(np.abs(curve))
 
 
+def test_the_follower_has_the_planted_share_of_its_leader():
+    leader, follower = (
+        m.truth["fair_bps"] for m in make_world("lead_lag", 2, 1200, lag_s=1.0, share=0.7).markets
+    )
+    assert lagged_correlation(np.diff(leader), np.diff(follower), 1) == pytest.approx(
+        0.7**0.5, abs=0.05
+    )
+    assert np.diff(follower).std() == pytest.approx(np.diff(leader).std(), rel=0.1)
+
+
+def test_quotes_stand_where_they_belong_when_the_door_opens():
+    plan = blank_plan(3)
+    plan["impact_bps"], plan["is_open"][20:40], plan["push_bps"][30] = 0.0, False, 5.0
+    for seed in range(8):
+        touch = quotes(excited_market(plan, seed).events)
+        first = touch[21]  # a snapshot and 20 steps came before
+        assert first["ts_event"] - touch["ts_event"][20] == 21 * STEP_NS
+        assert abs((first["bid_ticks"] + first["ask_ticks"]) / 2 - 600_300) < 7, seed
+
+
 def test_the_planted_correlation_is_found():
     wanted = np.array([[1, 0.7, -0.3], [0.7, 1, 0.0], [-0.3, 0.0, 1]])
     world = make_world("correlated", seed=2, duration_s=1800, correlation=wanted)
