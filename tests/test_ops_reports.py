@@ -23,7 +23,7 @@ FLAGS = [
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
 ]
 MARK = ".overplot .trace path"  # A bar, a line or a point that plotly has drawn
-REPORTS = ("backtest", "diagnosis")
+REPORTS = ("backtest", "diagnosis", "labels")
 FIGURE = """
 import plotly.graph_objects as go
 go.Figure(go.Scatter(y=[1, 3, 2, value]))
@@ -150,7 +150,7 @@ def test_first_screen_of_the_diagnosis(browser, reports):
     assert all(word in text for word in ("gross", "net", "bps", "trades"))
 
 
-@pytest.mark.parametrize("name", REPORTS)
+@pytest.mark.parametrize("name", ("backtest", "diagnosis"))
 def test_unknown_parameter_is_refused_by_name(tmp_path, name):
     with pytest.raises(ReportError, match=r"unknown parameter 'fact'.*did you mean 'facts'"):
         run_report(name, {"fact": "x"}, out=tmp_path / "out")

@@ -144,7 +144,6 @@ def plot_foresight(
         yaxis={"title": "bps a trade"},
         yaxis2={"title": "% of rows", "overlaying": "y", "side": "right", "rangemode": "tozero"},
         template="plotly_white",
-        width=760,
         height=380,
         legend={"orientation": "h", "y": -0.25},
     )
@@ -170,7 +169,6 @@ def plot_accuracy(
         xaxis={"title": name, "type": "log"},
         yaxis={"title": "% right"},
         template="plotly_white",
-        width=760,
         height=340,
         legend={"orientation": "h", "y": -0.3},
     )
@@ -205,7 +203,6 @@ def plot_balance(
         yaxis={"title": "% of the valid rows"},
         barmode="stack",
         template="plotly_white",
-        width=760,
         height=320,
     )
     return figure
