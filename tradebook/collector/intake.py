@@ -21,6 +21,7 @@ from .patience import Backoff, Door
 from .sockets import FrameQueue, Socket
 from .vitals import STREAM_NAMES, Bounds, Vitals, feel
 from ..market.book import new_book
+from ..market.events import EVENT
 from ..market.instruments import Instrument
 from ..venue.fast import SHAPES, FastDecoder
 from ..venue.venues import VenueSpec, answer_to
@@ -78,6 +79,16 @@ class Intake:
         self.no_book_ns: dict[str, int] = {}  # Since when a wanted book is missing
         self.is_stopping = False
         self._tasks, self._fetching, self._is_due = set(), set(), False
+        self._warm_up()
+
+    def _warm_up(self):
+        "Compile now what would otherwise stop the loop for seconds while frames come in"
+        none, empty = np.zeros(0, np.int64), np.zeros(0, EVENT)
+        feel(self.vitals.pulses, none, none, none, none)
+        self.vitals.take(next(iter(self.ids)), empty)
+        if isinstance(self.decoder, FastDecoder):
+            self.decoder.decode_many([b"{}"], [0])
+            self.decoder.counts.clear()
 
     def shard_of(self, symbol: str) -> Shard:
         "The socket that a symbol is on"
@@ -178,7 +189,7 @@ def _hear(self: Intake, record: Decoded, frame: bytes, ts: int):
         column = [np.array([x], np.int64) for x in (i, k, record.ts_venue, ts)]
         feel(self.vitals.pulses, *column)
     if record.candles:
-        self.sink.candles(symbol, record.candles)
+        self.sink.candles(symbol, record.candles, ts)
     if code:
         (self.tallies[symbol] if symbol in self.ids else self.counts)[code] += 1
     if code == WireCode.WS_SUB_REJECTED:

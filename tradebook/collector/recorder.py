@@ -21,9 +21,11 @@ from .collector import Collector
 from .incidents import Incident, IncidentLog, how_it_ended, read_incidents
 from .raw_frames import RawWriter, frame_lines
 from .segments import SUFFIX, read_segment
+from ..market.candles import venue_candles
 from ..market.events import EVENT, KIND_GAP, empty_events
 from ..market.instruments import Instrument
 from ..market.store import Store, folder_name
+from ..market.stored_candles import CandleStore
 
 # %% ../../nbs/collector/21_recorder.ipynb #dae1a040
 class RowQueue:
@@ -76,7 +78,6 @@ class Recorder:
         sync_s: float = 1.0,  # Seconds that a power failure may cost
         queue_bytes: int = 64 << 20,  # Most bytes that wait for the disk
         min_free_bytes: int = 256 << 20,  # Nothing is taken in when the disk has less
-        on_candles=None,  # Called with (symbol, candles) in the writing thread
     ):
         self.root, self.instruments = Path(root), instruments
         venue = next(iter(instruments.values())).venue
@@ -91,10 +92,11 @@ class Recorder:
             self.collectors[symbol] = made
         self.raw_folder = self.root / "raw" / venue / feed if is_raw_kept else None
         self.segment_ns, self.sync_s = segment_s * 1_000_000_000, sync_s
-        self.min_free_bytes, self.on_candles = min_free_bytes, on_candles
+        self.min_free_bytes = min_free_bytes
         self.queue, self.counts = RowQueue(queue_bytes), Counter()
         self.blocked, self._look_at = "", 0.0  # Why nothing is taken in; when to look again
         self._raw = self._raw_bucket = None
+        self._candles, self._candles_at = {}, time.monotonic()
         self._compactor, self._n_segments = ThreadPoolExecutor(1, "compact"), {}
         self._is_closing, self._thread = False, threading.Thread(target=self._run, daemon=True)
 
@@ -122,9 +124,10 @@ class Recorder:
             if self.blocked or not self.queue.put(("raw", frames, times), size):
                 self.counts["n_frames_dropped"] += len(frames)
 
-    def candles(self, symbol: str, candles: tuple):
-        "Take the venue's candles"
-        self.queue.put(("candles", symbol, candles))
+    def candles(self, symbol: str, candles: tuple, ts_recv: int):
+        "Take the venue's candles; one that may still change is worth nothing yet"
+        if closed := [c for c in candles if c.is_closed]:
+            self.queue.put(("candles", symbol, closed, ts_recv))
 
     def incident(self, symbol: str, ts_ns: int, code: str, words: str):
         "Take a cause"
@@ -155,8 +158,8 @@ def _write_all(self: Recorder, items):
         elif what == "raw":
             self._guard((), self._write_raw, *values)
         elif what == "candles":
-            if self.on_candles is not None:
-                self._guard((), self.on_candles, *values)
+            rows = venue_candles(values[1], self.instruments[values[0]], values[2])
+            self._candles.setdefault(values[0], []).append(rows)
         else:
             symbol = values[0]
             self._write(symbol, waiting.pop(symbol, []))
@@ -166,6 +169,21 @@ def _write_all(self: Recorder, items):
                 self.logs[symbol].note(*values[1:])
     for symbol, parts in waiting.items():
         self._write(symbol, parts)
+    if time.monotonic() - self._candles_at > 60 or self._is_closing:
+        self._guard((), self._write_candles)
+
+
+@patch
+def _write_candles(self: Recorder):
+    "Put finished candles into the store, by length"
+    self._candles_at = time.monotonic()
+    for symbol in list(self._candles):
+        rows = np.concatenate(self._candles.pop(symbol))
+        lengths = rows["ts_close"] - rows["ts_open"]
+        of, store = self.instruments[symbol], CandleStore(self.store.root)
+        for length in np.unique(lengths):
+            merged = store.write(rows[lengths == length], of.venue, symbol, "collector")
+            self.counts["n_candles"] += merged.n_new + merged.n_replaced
 
 
 @patch
