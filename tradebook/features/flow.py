@@ -13,7 +13,7 @@ from .columns import FLOW_HALF_LIVES_S, FLOW_LEVELS
 from .price import window_lag
 
 # %% ../../nbs/features/03_flow.ipynb #6ce04f64
-@njit(cache=True, nogil=True, no_cfunc_wrapper=True)
+@njit(cache=True, nogil=True, no_cfunc_wrapper=True, forceinline=True)
 def level_pressure(
     side: int,  # +1 for a bid level, -1 for an ask level
     was_ticks: int,  # Its price in the previous book, ticks
@@ -34,7 +34,7 @@ NO_ASK = 2**31  # price of an ask level that is not there: above every price a b
 N_LEVELS = max(FLOW_LEVELS)
 
 
-@njit(cache=True, nogil=True, no_cfunc_wrapper=True)
+@njit(cache=True, nogil=True, no_cfunc_wrapper=True, forceinline=True)
 def flow_step(
     was: np.ndarray,  # Previous book, (4, 10) int64: bid ticks, bid lots, ask ticks, ask lots
     now: np.ndarray,  # This book, same shape
@@ -50,7 +50,7 @@ def flow_step(
             k += 1
 
 # %% ../../nbs/features/03_flow.ipynb #ae884ef2
-@njit(cache=True, nogil=True, no_cfunc_wrapper=True)
+@njit(cache=True, nogil=True, no_cfunc_wrapper=True, forceinline=True)
 def flow_beat(
     sums: np.ndarray,  # Decaying sums, (depths, half-lives) float64, lots; changed in place
     fresh: np.ndarray,  # Pressure since the last beat, (depths,) int64, lots; set to zero

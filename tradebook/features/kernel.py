@@ -167,7 +167,7 @@ def on_gap(
     forget(state, ts)
 
 # %% ../../nbs/features/20_kernel.ipynb #fa513229
-@njit(cache=True, nogil=True, no_cfunc_wrapper=True)
+@njit(cache=True, nogil=True, no_cfunc_wrapper=True, forceinline=True)
 def on_book(
     book: Book,  # As it stands at the end of the message
     state: State,  # Changed in place
@@ -192,7 +192,7 @@ def on_book(
     clock[MID_NOW] = now[0, 0] + now[2, 0]
 
 # %% ../../nbs/features/20_kernel.ipynb #24e2b56a
-@njit(cache=True, nogil=True, no_cfunc_wrapper=True)
+@njit(cache=True, nogil=True, no_cfunc_wrapper=True, forceinline=True)
 def on_beat(
     state: State,  # Changed in place
     ts: int,  # Time of the beat, ns

@@ -12,7 +12,7 @@ from numba import njit
 from .columns import WARM_UP_S, WINDOWS_S
 
 # %% ../../nbs/features/01_price.ipynb #dd1c8eae
-@njit(cache=True, nogil=True, no_cfunc_wrapper=True)
+@njit(cache=True, nogil=True, no_cfunc_wrapper=True, forceinline=True)
 def spread_bps(
     bid_ticks: int,  # Best bid, ticks, > 0
     ask_ticks: int,  # Best ask, ticks, >= bid_ticks
@@ -21,7 +21,7 @@ def spread_bps(
     return 2e4 * (ask_ticks - bid_ticks) / (bid_ticks + ask_ticks)
 
 # %% ../../nbs/features/01_price.ipynb #72e85bee
-@njit(cache=True, nogil=True, no_cfunc_wrapper=True)
+@njit(cache=True, nogil=True, no_cfunc_wrapper=True, forceinline=True)
 def microprice_offset_bps(
     bid_ticks: int,  # Best bid, ticks
     bid_lots: int,  # Size there, lots, > 0
@@ -36,7 +36,7 @@ def microprice_offset_bps(
 MID = 0  # ring column: best bid + best ask in ticks; 0 while the book is not usable
 
 
-@njit(cache=True, nogil=True, no_cfunc_wrapper=True)
+@njit(cache=True, nogil=True, no_cfunc_wrapper=True, forceinline=True)
 def total_at(
     column: np.ndarray,  # One column of the ring, (length,) int64, length a power of two
     beat: int,  # Number of a beat, less than `length` beats ago
@@ -45,13 +45,13 @@ def total_at(
     return column[beat & (len(column) - 1)]
 
 # %% ../../nbs/features/01_price.ipynb #1528d12e
-@njit(cache=True, nogil=True, no_cfunc_wrapper=True)
+@njit(cache=True, nogil=True, no_cfunc_wrapper=True, forceinline=True)
 def since(column, beat, lag):
     "Say by how much a total grew over the `lag` beats before a beat"
     return total_at(column, beat) - total_at(column, beat - lag)
 
 # %% ../../nbs/features/01_price.ipynb #a062c685
-@njit(cache=True, nogil=True, no_cfunc_wrapper=True)
+@njit(cache=True, nogil=True, no_cfunc_wrapper=True, forceinline=True)
 def window_lag(
     window_s: int,  # Length of the window, s
     seen: int,  # Beats since the start or the last hole
@@ -63,7 +63,7 @@ def window_lag(
     return min(seen, window_s * per_second)
 
 # %% ../../nbs/features/01_price.ipynb #637c03e4
-@njit(cache=True, nogil=True, no_cfunc_wrapper=True)
+@njit(cache=True, nogil=True, no_cfunc_wrapper=True, forceinline=True)
 def return_bps(
     mid_2: np.ndarray,  # The ring's column MID
     beat: int,  # Number of the present beat

@@ -12,7 +12,7 @@ from numba import njit
 from .columns import SHAPE_LEVELS
 
 # %% ../../nbs/features/02_shape.ipynb #b75ebc4a
-@njit(cache=True, nogil=True, no_cfunc_wrapper=True)
+@njit(cache=True, nogil=True, no_cfunc_wrapper=True, forceinline=True)
 def imbalance(
     bid: float,  # Something on the bid side, >= 0
     ask: float,  # The same on the ask side, >= 0
@@ -22,7 +22,7 @@ def imbalance(
     return (bid - ask) / total if total > 0 else 0.0
 
 # %% ../../nbs/features/02_shape.ipynb #e66ecb3d
-@njit(cache=True, nogil=True, no_cfunc_wrapper=True)
+@njit(cache=True, nogil=True, no_cfunc_wrapper=True, forceinline=True)
 def depth_within(
     lots: np.ndarray,  # Sizes of one side, best first, lots
     levels: int,  # How many levels to count, at most what is there
@@ -34,7 +34,7 @@ def depth_within(
     return total
 
 # %% ../../nbs/features/02_shape.ipynb #667742f2
-@njit(cache=True, nogil=True, no_cfunc_wrapper=True)
+@njit(cache=True, nogil=True, no_cfunc_wrapper=True, forceinline=True)
 def mean_distance(
     ticks: np.ndarray,  # Prices of one side, best first, ticks
     lots: np.ndarray,  # Sizes there, lots
@@ -49,7 +49,7 @@ def mean_distance(
     return 0.5 * weighted / total
 
 # %% ../../nbs/features/02_shape.ipynb #a4b9a429
-@njit(cache=True, nogil=True, no_cfunc_wrapper=True)
+@njit(cache=True, nogil=True, no_cfunc_wrapper=True, forceinline=True)
 def depth_step(
     depth: np.ndarray,  # (2,) float64: decaying sum of sizes, decaying weight; changed in place
     size_lots: float,  # Mean level size now, lots
@@ -60,7 +60,7 @@ def depth_step(
     depth[1] = depth[1] * decay + 1.0
 
 # %% ../../nbs/features/02_shape.ipynb #18060d37
-@njit(cache=True, nogil=True, no_cfunc_wrapper=True)
+@njit(cache=True, nogil=True, no_cfunc_wrapper=True, forceinline=True)
 def level_size(
     top: np.ndarray,  # (4, >= 5) int64: bid ticks, bid lots, ask ticks, ask lots, best first
 ) -> float:  # Mean size of the levels present among the best five of both sides, lots
@@ -73,7 +73,7 @@ def level_size(
     return total / n
 
 # %% ../../nbs/features/02_shape.ipynb #cd175d01
-@njit(cache=True, nogil=True, no_cfunc_wrapper=True)
+@njit(cache=True, nogil=True, no_cfunc_wrapper=True, forceinline=True)
 def typical_size(depth):
     "Give the typical size of a level, lots; NaN before the first beat"
     return depth[0] / depth[1] if depth[1] > 0 else np.nan

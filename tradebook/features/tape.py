@@ -13,7 +13,7 @@ from .columns import WINDOWS_S
 from .price import since, window_lag
 
 # %% ../../nbs/features/04_tape.ipynb #e58530c3
-@njit(cache=True, nogil=True, no_cfunc_wrapper=True)
+@njit(cache=True, nogil=True, no_cfunc_wrapper=True, forceinline=True)
 def aggressor(
     side: int,  # What the venue says: +1 buyer, -1 seller, 0 does not say
     price_ticks: int,  # Price of the trade, ticks
@@ -34,7 +34,7 @@ def aggressor(
 SIGNED, VOLUME, TRADES = 1, 2, 3  # ring columns: lots bought minus sold, lots, number of trades
 
 
-@njit(cache=True, nogil=True, no_cfunc_wrapper=True)
+@njit(cache=True, nogil=True, no_cfunc_wrapper=True, forceinline=True)
 def tape_step(
     totals: np.ndarray,  # Totals since the start, (columns,) int64; changed in place
     tape: np.ndarray,  # (2,) int64: price of the last trade, sign of its last change; changed
@@ -54,7 +54,7 @@ def tape_step(
     tape[0], tape[1] = price_ticks, change
 
 # %% ../../nbs/features/04_tape.ipynb #8e743c68
-@njit(cache=True, nogil=True, no_cfunc_wrapper=True)
+@njit(cache=True, nogil=True, no_cfunc_wrapper=True, forceinline=True)
 def rate(
     column: np.ndarray,  # One column of the ring
     beat: int,  # Number of the present beat

@@ -16,7 +16,7 @@ from .tape import rate
 NS_PER_S = 1_000_000_000
 
 
-@njit(cache=True, nogil=True, no_cfunc_wrapper=True)
+@njit(cache=True, nogil=True, no_cfunc_wrapper=True, forceinline=True)
 def seconds_since(
     ts: int,  # Now, receive time, ns
     event_ts: int,  # When it last happened, ns; 0 for never
@@ -31,7 +31,7 @@ CHANGES, MESSAGES = 6, 7  # ring columns: changes of the best prices, book messa
 BOOK, TRADE, CHANGE, RESET = 0, 1, 2, 3  # stamps: when each last happened, ns
 
 
-@njit(cache=True, nogil=True, no_cfunc_wrapper=True)
+@njit(cache=True, nogil=True, no_cfunc_wrapper=True, forceinline=True)
 def timing_step(
     totals: np.ndarray,  # Totals since the start, (columns,) int64; changed in place
     stamps: np.ndarray,  # (4,) int64, ns: last book, trade, price change, reset; changed

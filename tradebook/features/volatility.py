@@ -19,7 +19,7 @@ SQUARES, SEEN = 4, 5  # ring columns: squared one-second moves, and the number o
 BIGGEST_MOVE = 2**20  # half ticks a second; with a tick of 0.1 that is 52,000 in price
 
 
-@njit(cache=True, nogil=True, no_cfunc_wrapper=True)
+@njit(cache=True, nogil=True, no_cfunc_wrapper=True, forceinline=True)
 def volatility_beat(
     totals: np.ndarray,  # Totals since the start, (columns,) int64; changed in place
     ring: np.ndarray,  # Totals, one row a beat; the present beat is not yet in it
