@@ -219,7 +219,7 @@ def test_takers_of_the_null_world_tell_nothing_about_its_fair_value(hours):
     second = (orders["ts_event"] - market.truth["ts"][0]) // NS_PER_S
     flow = np.bincount(second, orders["side"], minlength=len(market.truth))[: len(market.truth)]
     moves = np.diff(market.truth["fair_bps"])
-    assert lagged_correlation(flow[:-1], moves, 0) > 0.4  # within the second they push
+    assert lagged_correlation(flow[:-1], moves, 0) > 0.25  # within the second they push
     later = flow[:-2] * moves[1:]
     assert abs(later.mean()) < 3.5 * block_error(later)
 

@@ -42,7 +42,7 @@ from tradebook.market.synthetic import (
 # %% ../../nbs/market/24_excited.ipynb #fba38153
 STEP_NS = NS_PER_S // 20  # The market publishes its book this often
 STEPS_PER_S = NS_PER_S // STEP_NS
-IMPACT_BPS = 0.36  # Move of the fair value by a complete surprise of mean size
+IMPACT_BPS = 0.27  # Move of the fair value by a complete surprise of mean size
 PLAN = np.dtype(
     [
         ("push_bps", "<f8"),  # Move of the fair value in this step, bps of the first price
@@ -88,8 +88,8 @@ def wandering(
     return out
 
 # %% ../../nbs/market/24_excited.ipynb #78a1c1ea
-HEATS = ((1.5, 0.8), (120.0, 0.35))  # Half-life, seconds, and size of the swings of log heat
-NEWS_BPS = 0.45  # What moves without a trade, per square root of a second
+HEATS = ((1.0, 1.0), (120.0, 0.35))  # Half-life, seconds, and size of the swings of log heat
+NEWS_BPS = 0.3  # What moves without a trade, per square root of a second
 
 
 def usual_plan(
@@ -114,7 +114,7 @@ def usual_plan(
 # %% ../../nbs/market/24_excited.ipynb #6d3b1f39
 TOUCH_LOTS, BEHIND_LOTS, TAKER_LOTS = (7.7, 1.1), (3.9, 2.0), (3.57, 2.07)  # Log mean and deviation
 ADDED_LOTS = (4.6, 2.3)  # Of an order that joins the touch
-IMPACT_SPREAD = 0.6  # A size e times larger moves the price e ** (0.6 / 2.07) times more
+IMPACT_SPREAD = 0.9  # A size e times larger moves the price e ** (0.9 / 2.07) times more
 DEPTH_TICKS, MIN_LEVELS = 400, 40
 LEAN = 0.4  # Of a pressure of one: log sizes, and log odds of takers
 _AT = np.linspace(0, 1, 41)  # Shares at which the distances stand
@@ -191,7 +191,7 @@ def _keep_deep(world, rng, row, depth):
             return
 
 # %% ../../nbs/market/24_excited.ipynb #ec45b65a
-ZONE_TICKS, FOLLOW, NEAR_TICKS = 6.0, 0.5, 60
+ZONE_TICKS, FOLLOW, NEAR_TICKS = 20.0, 0.5, 60
 
 
 @njit(cache=True, nogil=True)

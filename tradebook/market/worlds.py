@@ -102,7 +102,7 @@ def _lead_lag(seed, duration_s, start_ns, lag_s=0.5, share=0.7):
 # %% ../../nbs/market/26_worlds.ipynb #f273299a
 TOTAL_BPS = 1.3  # Volatility of a symbol that shares its news, per square root of a second
 OWN_SHARE = 0.1  # Of its variance, from its own trades
-TRADE_VARIANCE = 2.5  # What takers of the usual plan give, bps² a second, measured over hours
+TRADE_VARIANCE = 2.0  # What takers of the usual plan give, bps² a second, measured over hours
 
 
 def _news_matrix(correlation, n_symbols):
