@@ -91,6 +91,19 @@ def _bybit_symbol(row):
     return f"{base}/{quote}:{base if quote == 'USD' else quote}"
 
 
+def _binance_symbol(row):
+    "BTCUSDT is a perpetual, BTCUSDT_210924 a dated contract"
+    expiry = row["symbol"].partition("_")[2]
+    name = f"{row['baseAsset']}/{row['quoteAsset']}:{row['marginAsset']}"
+    return f"{name}-{expiry}" if expiry else name
+
+
+def _binance_steps(row):
+    "Tick and lot among the filters of a symbol"
+    found = {one["filterType"]: one for one in row["filters"]}
+    return found["PRICE_FILTER"]["tickSize"], found["LOT_SIZE"]["stepSize"]
+
+
 def _decimal_step(digits):
     "A step of so many decimals"
     return float(f"1e-{int(digits)}")
@@ -126,6 +139,12 @@ _LISTS = {
         lambda row: row["symbol"],
         lambda row: row["symbol"].replace("-", "/"),
         lambda row: (row["priceIncrement"], row["baseIncrement"]),
+    ),
+    "binance": (
+        lambda body: body["symbols"],
+        lambda row: row["symbol"],
+        _binance_symbol,
+        _binance_steps,
     ),
     "bybit": (
         lambda body: body["result"],
