@@ -4,7 +4,9 @@
 
 # %% auto #0
 __all__ = ['WINDOWS_S', 'VOLATILITY_WINDOWS_S', 'FLOW_LEVELS', 'FLOW_HALF_LIVES_S', 'SHAPE_LEVELS', 'DEPTH_HALF_LIFE_S',
-           'WARM_UP_S', 'FORMULAS', 'CORE', 'CORE_PARAMETERS', 'DESK', 'DESK_PARAMETERS', 'FAMILIES', 'GROUPS',
+           'WARM_UP_S', 'FORMULAS', 'CORE', 'CORE_PARAMETERS', 'COST_WINDOWS_S', 'REALISED_S', 'NOTIONALS', 'BANDS_BPS',
+           'ORDER_LEVELS', 'ORDER_HALF_LIFE_S', 'INTENSITY_HALF_LIVES_S', 'KYLE_HALF_LIFE_S', 'JUMP_WINDOWS_S',
+           'BUCKET_LEVELS', 'BUCKETS', 'CANDLE_S', 'CANDLES', 'DESK', 'DESK_PARAMETERS', 'FAMILIES', 'GROUPS',
            'MESSAGE_DEPTHS', 'FLOW_MESSAGES', 'RETURN_MESSAGES', 'LONG_MESSAGES', 'MESSAGES', 'Feature']
 
 # %% ../../nbs/features/00_columns.ipynb #a088a88a
@@ -26,7 +28,7 @@ class Feature:
     "One column: what it is called, what it measures, and how it behaves in a mirror"
 
     name: str  # Column name, unit at its end where it has one
-    unit: str  # "bps" of the mid, "s", "1/s" or "ratio"
+    unit: str  # "bps" of the mid, "1/bps", "s", "1/s", "ratio" or "count"
     is_signed: bool  # True when exchanging bid and ask changes its sign
     description: str  # What it measures, one line
     source: str = ""  # Paper or idea
@@ -127,8 +129,162 @@ CORE_PARAMETERS = {
     "warm_up_s": WARM_UP_S,
     "formulas": FORMULAS,
 }
-DESK: dict = {}
-DESK_PARAMETERS: dict = {}
+
+# %% ../../nbs/features/00_columns.ipynb #ddbe9850
+COST_WINDOWS_S, REALISED_S, NOTIONALS = (20, 60), 5, {"10k": 10_000, "100k": 100_000}
+BANDS_BPS, ORDER_LEVELS, ORDER_HALF_LIFE_S = (5, 10, 25), 5, 5
+_SIDES = {"bid": "ask", "ask": "bid", "buy": "sell", "sell": "buy"}
+
+
+def _pair(name, unit, text, source, window_s=0, sides=("bid", "ask"), is_near=False):
+    "Declare a column for each side; each is the other's mirror image"
+    return tuple(
+        Feature(name.format(s), unit, False, text.format(s), source, window_s,
+                name.format(_SIDES[s]), is_near)
+        for s in sides
+    )  # fmt: skip
+
+
+_COST = (
+    *(
+        Feature(f"weighted_mid_{k}_bps", "bps", True, f"Mid by {k}-level size - mid", "Gatheral 2010")
+        for k in (5, 20)
+    ),
+    *(
+        Feature(f"effective_spread_{w}s_bps", "bps", False, "Paid by takers", "Huang 1996", w)
+        for w in COST_WINDOWS_S
+    ),
+    Feature("realised_spread_60s_bps", "bps", False, "Kept by makers after 5 s", "Huang 1996", 60),
+    Feature("price_impact_60s_bps", "bps", False, "Lost by makers in 5 s", "Huang 1996", 60),
+    *(
+        column
+        for size in NOTIONALS
+        for column in _pair(f"{{}}_impact_{size}_bps", "bps", "Cost of a {} of that value beyond mid",
+                            "plain", sides=("buy", "sell"), is_near=True)
+    ),
+    Feature("roll_60s_bps", "bps", False, "Spread from trade prices alone", "Roll 1984", 60),
+)  # fmt: skip
+_DEPTH = (
+    *(
+        Feature(f"imbalance_{w}bps", "ratio", True, f"Bid share of value within {w} bps",
+                "Cartea 2018", is_near=True)
+        for w in BANDS_BPS
+    ),
+    *(
+        Feature(f"depth_{w}bps", "ratio", False, f"Size within {w} bps / typical", "plain",
+                is_near=True)
+        for w in BANDS_BPS
+    ),
+    *_pair("{}_slope", "1/bps", "Size gained a bps, {} side", "Naes 2006"),
+    *_pair("{}_curvature", "ratio", "Size is near (+) or far (-), {} side", "Naes 2006"),
+    Feature("book_pressure", "ratio", True, "Bid share of size / distance", "Cao 2009"),
+    Feature("level_count", "count", False, "Levels of both sides", "plain"),
+    Feature("level_imbalance", "ratio", True, "Bid share of the levels", "plain"),
+    *_pair("{}_queue", "ratio", "Size at the best {} / typical", "Cont 2014"),
+    *_pair("{}_age_s", "s", "Since the best {} moved, 60 at most", "plain"),
+    *_pair("{}_resilience", "ratio", "Share of swept {} size that is back", "Foucault 2005", 60),
+    Feature("since_sweep_s", "s", False, "Since a sweep, 60 at most", "plain"),
+)  # fmt: skip
+_ORDERS = (
+    Feature("add_rate_5s", "1/s", False, "Size placed a second / typical", "Cont 2010", 5),
+    Feature("remove_rate_5s", "1/s", False, "Size withdrawn or hit / typical", "Cont 2010", 5),
+    Feature("add_imbalance_20s", "ratio", True, "Bid share of what was placed", "Cont 2010", 20),
+    Feature("remove_imbalance_20s", "ratio", True, "Bid share of what left", "Cont 2010", 20),
+    Feature("cancel_share_20s", "ratio", False, "Share withdrawn, not hit", "Hasbrouck 2013", 20),
+    *(
+        Feature(
+            f"ofi_level_{k}_5s", "ratio", True, f"Flow at level {k}, half-life 5 s", "Xu 2018", 5
+        )
+        for k in range(1, ORDER_LEVELS + 1)
+    ),
+    Feature("ofi_decayed_5s", "ratio", True, "Flow, deeper levels count less", "Xu 2018", 5),
+)
+
+# %% ../../nbs/features/00_columns.ipynb #bc11805b
+INTENSITY_HALF_LIVES_S, KYLE_HALF_LIFE_S, JUMP_WINDOWS_S = (1, 10), 60, (60, 300)
+BUCKET_LEVELS, BUCKETS, CANDLE_S, CANDLES = 20, 50, 10, 30
+_INTENSITY = (
+    *(
+        column
+        for life in INTENSITY_HALF_LIVES_S
+        for column in _pair(f"{{}}_intensity_{life}s", "1/s", "Decaying rate of {} trades",
+                            "Hawkes 1971", life, ("buy", "sell"))
+    ),
+    Feature("intensity_burst", "ratio", False, "Rate with 1 s memory / 10 s", "Bacry 2015", 10),
+    Feature("trade_clustering_60s", "ratio", False, "Variance of counts / mean", "Fano 1947", 60),
+    Feature("sign_persistence_60s", "ratio", False, "Same sign as before", "Lillo 2004", 60),
+)  # fmt: skip
+_TOXICITY = (
+    Feature("kyle_lambda_60s_bps", "bps", False, "Move for a typical level", "Kyle 1985", 60),
+    Feature("amihud_60s_bps", "bps", False, "Move / traded typical level", "Amihud 2002", 60),
+    Feature("vpin", "ratio", False, "One-sidedness by volume bucket", "Easley 2012", 5),
+    Feature("bucket_s", "s", False, "Time the last bucket took, 300 at most", "Easley 2012", 5),
+    Feature("aggressor_ratio_60s", "ratio", True, "Buyers' share of trades", "plain", 60),
+    Feature("trade_size_60s", "ratio", False, "Mean trade / typical", "plain", 60),
+    Feature("through_rate_20s", "1/s", False, "Trades beyond the best price", "plain", 20),
+    Feature("through_flow_60s", "ratio", True, "Signed size beyond it / volume", "plain", 60),
+)
+_VARIATION = (
+    *(
+        Feature(f"bipower_{w}s_bps", "bps", False, f"Volatility without jumps, per {w} s",
+                "Barndorff-Nielsen 2004", w)
+        for w in JUMP_WINDOWS_S
+    ),
+    *(
+        Feature(f"jump_share_{w}s", "ratio", False, "Share of variance from jumps",
+                "Barndorff-Nielsen 2004", w)
+        for w in JUMP_WINDOWS_S
+    ),
+    Feature("jump_sign_60s", "ratio", True, "Up less down share of variance", "Barndorff-Nielsen 2010",
+            60),
+    Feature("micro_volatility_60s_bps", "bps", False, "Volatility of the microprice", "Stoikov 2018",
+            60),
+    Feature("micro_ratio_60s", "ratio", False, "It over the mid's", "Stoikov 2018", 60),
+)  # fmt: skip
+_CANDLES = (
+    Feature("parkinson_300s_bps", "bps", False, "From highs and lows", "Parkinson 1980", 300),
+    Feature("garman_klass_300s_bps", "bps", False, "From whole candles", "Garman 1980", 300),
+    Feature("corwin_schultz_300s_bps", "bps", False, "Spread from highs, lows", "Corwin 2012", 300,
+            is_near=True),
+)  # fmt: skip
+_CLOCK = (
+    Feature("day_sin", "ratio", False, "Time of day, UTC, sine", "plain"),
+    Feature("day_cos", "ratio", False, "Time of day, UTC, cosine", "plain"),
+    Feature("week_share", "ratio", False, "Share of the week gone, Monday 0 UTC", "plain"),
+    Feature("to_eighth_hour_s", "s", False, "To 0, 8 or 16 h UTC, when funding is paid", "plain"),
+    Feature("message_burst", "ratio", False, "Messages, 5 s over 60 s", "plain", 60),
+    Feature("volume_burst", "ratio", False, "Volume, 5 s over 60 s", "plain", 60),
+)
+_MICROPRICE = (
+    Feature("stoikov_offset_bps", "bps", True, "Expected next mids, by table", "Stoikov 2018"),
+)
+
+# %% ../../nbs/features/00_columns.ipynb #841f25fd
+DESK = {
+    "cost": _COST,
+    "depth": _DEPTH,
+    "orders": _ORDERS,
+    "intensity": _INTENSITY,
+    "toxicity": _TOXICITY,
+    "variation": _VARIATION,
+    "candles": _CANDLES,
+    "clock": _CLOCK,
+    "microprice": _MICROPRICE,
+}
+DESK_PARAMETERS = {
+    "cost": {"windows_s": COST_WINDOWS_S, "realised_s": REALISED_S, "notionals": NOTIONALS},
+    "depth": {"bands_bps": BANDS_BPS},
+    "orders": {"levels": ORDER_LEVELS, "half_life_s": ORDER_HALF_LIFE_S},
+    "intensity": {"half_lives_s": INTENSITY_HALF_LIVES_S},
+    "toxicity": {
+        "kyle_half_life_s": KYLE_HALF_LIFE_S, "bucket_levels": BUCKET_LEVELS, "buckets": BUCKETS,
+    },
+    "variation": {"windows_s": JUMP_WINDOWS_S},
+    "candles": {"candle_s": CANDLE_S, "candles": CANDLES},
+    "clock": {},
+    "microprice": {},
+}  # fmt: skip
+DESK_PARAMETERS = {group: {**p, "formulas": 1} for group, p in DESK_PARAMETERS.items()}
 FAMILIES = CORE | DESK
 GROUPS = tuple(FAMILIES)  # a group's place in this order is its number in the kernel
 
@@ -136,17 +292,16 @@ GROUPS = tuple(FAMILIES)  # a group's place in this order is its number in the k
 MESSAGE_DEPTHS = (1, 3, 5, 10, 20)  # levels
 FLOW_MESSAGES, RETURN_MESSAGES = (10, 50, 250), (1, 10, 50, 250)
 LONG_MESSAGES = (50, 250, 1000)
-_OTHER = {"bid": "ask", "ask": "bid"}
 _DEPTHS = tuple(
     Feature(f"{side}_depth_{k}_lots", "lots", False, f"Size in {k} levels", "Cont 2014", 0,
-            f"{_OTHER[side]}_depth_{k}_lots")
-    for side in _OTHER
+            f"{_SIDES[side]}_depth_{k}_lots")
+    for side in ("bid", "ask")
     for k in (5, 20)
 )  # fmt: skip
 _DISTANCES = tuple(
     Feature(f"{side}_distance_ticks", "ticks", False, "Mean distance of its 20-level size",
-            "Naes 2006", 0, f"{_OTHER[side]}_distance_ticks")
-    for side in _OTHER
+            "Naes 2006", 0, f"{_SIDES[side]}_distance_ticks")
+    for side in ("bid", "ask")
 )  # fmt: skip
 MESSAGES = (
     Feature("mid_ticks", "ticks", False, "Mid", "definition"),
