@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..base.errors import DataError, SettingsError, nearest
+from .capture_files import read_captures
 from .folder import import_folder, split_name
 from .wire_files import read_frames, read_ob500
 from ..market.freqtrade import read_candles, split_candle_name
 from ..market.hftbacktest import read_hftbacktest
 from ..market.importing import Imported, ImportReport, set_aside
+from ..market.json_snapshots import read_json_snapshots
 from ..market.sources import Hints
 from ..market.store import Store
 from ..market.stored_candles import CandleStore
@@ -155,6 +157,14 @@ FORMATS = {
     "binance-raw": Format("raw Binance frames, '<ns> <JSON>' lines, gzip", _raw),
     "bybit-ob500": Format(
         "Bybit's public order book archives", _events_of(read_ob500, ".zip", ".data")
+    ),
+    "cryptofeed": Format(
+        "captures of cryptofeed's recorder, with the list of instruments beside them",
+        _events_of(read_captures, ".0"),
+    ),
+    "json-snapshots": Format(
+        "saved books {timestamp, bids, asks} as JSON, plain or gzip",
+        _events_of(read_json_snapshots, ".json", ".jsonl", ".json.gz", ".jsonl.gz"),
     ),
     "freqtrade": Format("candles of freqtrade or anyone: feather, parquet, CSV", _candles),
 }
