@@ -6,6 +6,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tradebook.base.errors import ModelError
+from tradebook.training.combinatorial import (
+    CombinatorialPurgedKFold,
+    forecast_paths,
+    path_table,
+)
 from tradebook.training.metrics import (
     auc,
     brier,
@@ -15,7 +20,7 @@ from tradebook.training.metrics import (
     ranks,
     time_blocks,
 )
-from tradebook.training.splits import PurgedKFold, PurgedWalkForward
+from tradebook.training.splits import PurgedKFold, PurgedWalkForward, WithSpans
 
 
 @st.composite
@@ -68,6 +73,99 @@ def test_walking_forward_trains_on_the_past_only(drawn, n_splits, embargo):
         assert end[train].max() + embargo < start[test].min()
         left_out = np.setdiff1d(np.arange(test[0]), train)
         assert (end[left_out] + embargo >= start[test[0]]).all()  # and on all of it
+
+
+@settings(max_examples=200, deadline=None)
+@given(intervals(), st.integers(1, 6), st.integers(0, 30), st.integers(31, 300))
+def test_a_sliding_walk_is_the_expanding_one_without_its_oldest(drawn, n_splits, embargo, window):
+    start, end = drawn
+    assume(len(start) > n_splits)
+    whole = {
+        int(test[0]): train
+        for train, test in folds_or_nothing(PurgedWalkForward(n_splits, embargo), start, end)
+    }
+    slid = folds_or_nothing(PurgedWalkForward(n_splits, embargo, window), start, end)
+    for train, test in slid:
+        kept = whole[int(test[0])]
+        kept = kept[start[kept] >= start[test[0]] - window]
+        np.testing.assert_array_equal(train, kept)
+
+
+@settings(max_examples=300, deadline=None)
+@given(intervals(), st.integers(2, 6), st.integers(1, 4), st.integers(0, 40))
+def test_no_choice_of_tests_shares_time_with_its_training(drawn, n_folds, n_test_folds, embargo):
+    start, end = drawn
+    assume(n_test_folds < n_folds <= len(start))
+    splitter = CombinatorialPurgedKFold(n_folds, n_test_folds, embargo)
+    folds = np.array_split(np.arange(len(start)), n_folds)
+    found = folds_or_nothing(splitter, start, end)
+    for (train, test), chosen in zip(found, splitter.choices(), strict=False):
+        np.testing.assert_array_equal(test, np.concatenate([folds[f] for f in chosen]))
+        overlap = (start[train][:, None] <= end[test]) & (start[test] <= end[train][:, None])
+        assert not overlap.any() and not np.intersect1d(train, test).size
+        for f in chosen:
+            after = train[train > folds[f][-1]]
+            assert (start[after] > end[folds[f]].max() + embargo).all()
+    if found:
+        assert len(found) == splitter.get_n_splits()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 8), st.integers(1, 6))
+def test_every_path_holds_every_fold_once_and_every_forecast_is_used(n_folds, n_test_folds):
+    assume(n_test_folds < n_folds)
+    splitter = CombinatorialPurgedKFold(n_folds, n_test_folds)
+    table, choices = path_table(splitter), splitter.choices()
+    used = {(int(split), fold) for path in table for fold, split in enumerate(path)}
+    assert used == {(k, fold) for k, chosen in enumerate(choices) for fold in chosen}
+    assert table.size == len(used)
+    start = np.arange(10 * n_folds)
+    splits = [set(train.tolist()) for train, _ in splitter.split(start, start)]
+    asked = iter(range(len(splits)))
+    paths = forecast_paths(
+        splitter, start, start, lambda train, test: np.full(len(test), next(asked))
+    )
+    for path in paths:  # no row was forecast by a model that had seen it
+        assert all(row not in splits[int(k)] for row, k in enumerate(path))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(3, 8), st.integers(1, 4), st.integers(0, 6), st.integers(0, 6), st.integers(20, 40)
+)
+def test_fold_by_fold_like_skfolio(n_folds, n_test_folds, horizon, embargo, size):
+    # Both are defined where every label has the same length and every fold the same number of rows.
+    model_selection = pytest.importorskip("skfolio.model_selection")
+    assume(2 <= n_test_folds < n_folds)  # skfolio wants two or more
+    start = np.arange(size * n_folds)
+    ours = CombinatorialPurgedKFold(n_folds, n_test_folds, embargo)
+    theirs = model_selection.CombinatorialPurgedCV(
+        n_folds, n_test_folds, purged_size=horizon, embargo_size=embargo
+    )
+    x = np.zeros((len(start), 1))
+    pairs = zip(ours.split(start, start + horizon), theirs.split(x), strict=True)
+    for (train, test), (their_train, their_tests) in pairs:
+        np.testing.assert_array_equal(train, their_train)
+        np.testing.assert_array_equal(test, np.sort(np.concatenate(their_tests)))
+    assert ours.n_paths == theirs.n_test_paths
+    assert ours.get_n_splits() == theirs.n_splits
+
+
+@settings(max_examples=100, deadline=None)
+@given(intervals(), st.integers(2, 5))
+def test_scikit_learn_sees_the_same_splits(drawn, n_splits):
+    start, end = drawn
+    assume(len(start) > n_splits)
+    x = np.zeros((len(start), 2))
+    for splitter in (PurgedKFold(n_splits), PurgedWalkForward(n_splits)):
+        expected = folds_or_nothing(splitter, start, end)
+        if not expected:
+            continue
+        given_spans = WithSpans(splitter, start, end)
+        found = list(given_spans.split(x, np.zeros(len(x)), None))
+        assert given_spans.get_n_splits(x) == len(found) == len(expected)
+        for a, b in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(np.concatenate(a), np.concatenate(b))
 
 
 def test_nothing_is_purged_without_need():
