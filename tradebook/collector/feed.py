@@ -12,6 +12,7 @@ from fastcore.basics import patch
 
 from ..base.clock import NS_PER_S
 from ..base.errors import VenueError
+from .clocks import VenueClock
 from .escalation import Escalation, Step
 from .incidents import Incident
 from .intake import Intake, Shard
@@ -33,6 +34,7 @@ class Feed(Intake):
     ):
         super().__init__(*args, **settings)
         self.escalation, self.ready = escalation or Escalation(), asyncio.Event()
+        self._ticked_ns = 0  # When tick was last called
 
 # %% ../../nbs/collector/09_feed.ipynb #67d7be96
 @patch
@@ -105,8 +107,14 @@ NO_BOOK_S = 10.0
 def tick(self: Feed):
     "Look after everything; to be called a few times a second"
     now, dead = self.clock.now_ns(), {}
-    for finding in self.vitals.judge(now):
+    was_away, self._ticked_ns = now - self._ticked_ns > NS_PER_S, now
+    for finding in [] if was_away else self.vitals.judge(now):
         symbol = self.vitals.symbols[finding.symbol]
+        is_whole = self.lines[self.ids[symbol]].is_alive
+        if finding.code in (Incident.BOOK_FROZEN, Incident.CROSSED_BOOK) and not is_whole:
+            continue  # there is no book to judge
+        if finding.code == Incident.WS_SILENT and self._is_socket_silent(finding):
+            continue  # that is for the socket to find out
         if finding.stream == "book":
             dead.setdefault(symbol, (finding.code, finding.words))
         elif symbol in dead:
@@ -134,6 +142,15 @@ def tick(self: Feed):
 
 
 @patch
+def _is_socket_silent(self: Feed, finding) -> bool:
+    "Tell whether a stream is silent because its whole socket is"
+    stream = STREAM_NAMES.index(finding.stream)
+    spoke_ns = int(self.vitals.pulses[finding.symbol, stream]["last_ns"])
+    socket = self.shard_of(self.vitals.symbols[finding.symbol]).socket
+    return socket is not None and socket.last_ns <= spoke_ns + NS_PER_S // 2
+
+
+@patch
 def _act(self: Feed, symbol, code, words, now):
     "Take the next step for a symbol"
     step = self.escalation.step(symbol, code, now)
@@ -156,6 +173,7 @@ def _act(self: Feed, symbol, code, words, now):
 @patch
 def shake(self: Feed, code: str, words: str):
     "Begin everything anew: time was not what it seemed"
+    self.venue_clock = VenueClock()  # what it knew was told by the old clock
     for shard in self.shards:
         shard.backoff.succeed()
         if shard.socket is not None:

@@ -130,12 +130,15 @@ class IncidentLog:
 
     def close(self, start_ns: int, until_ns: int) -> str:
         "Write the line of a hole that has ended; gives its code"
-        causes = [c for c in self.open if c[0] >= start_ns - MARGIN_NS] or [
-            (start_ns, "UNKNOWN", "")
-        ]
+        causes = [c for c in self.open if c[0] >= start_ns - MARGIN_NS]
         self.open.clear()
-        if causes[0][1] == "UNKNOWN" and start_ns <= self._last[0] + MARGIN_NS:
-            causes[0] = start_ns, *self._last[1:]
+        if start_ns <= self._last[0] or not causes:
+            causes.insert(
+                0,
+                (start_ns, *self._last[1:])
+                if start_ns <= self._last[0]
+                else (start_ns, "UNKNOWN", ""),
+            )
         ts, code, detail = causes[0]
         also = list(dict.fromkeys(c for _, c, _ in causes[1:] if c != code))
         self._write(start_ns, until_ns, code, detail, also=also, seen_ns=ts)

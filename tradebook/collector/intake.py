@@ -23,6 +23,7 @@ from .vitals import STREAM_NAMES, Bounds, Vitals, feel
 from ..market.book import new_book
 from ..market.events import EVENT
 from ..market.instruments import Instrument
+from ..venue.continuity import LAST_NS
 from ..venue.fast import SHAPES, FastDecoder
 from ..venue.venues import VenueSpec, answer_to
 from ..venue.wire import Decoded, WireCode
@@ -234,7 +235,7 @@ def ask_anew(self: Intake, symbol: str, streams=None):
 @patch
 def resync(self: Intake, symbol: str):
     "Get a book a snapshot by the venue's rule"
-    self.tallies[symbol]["n_resyncs"] += 1
+    self.tallies[symbol]["n_resyncs"] += int(self.lines[self.ids[symbol]].state[LAST_NS] > 0)
     if not self.spec.snapshot:
         self.ask_anew(symbol, ("book",))
     elif symbol not in self._fetching and not self.is_stopping:

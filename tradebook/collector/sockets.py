@@ -70,8 +70,8 @@ def _listener_class() -> type:
     "Make the class that picows calls; it is loaded here and not before"
     import picows
 
-    text, binary, more, close = (
-        getattr(picows.WSMsgType, n) for n in ("TEXT", "BINARY", "CONTINUATION", "CLOSE")
+    text, binary, more, close, pong = (
+        getattr(picows.WSMsgType, n) for n in ("TEXT", "BINARY", "CONTINUATION", "CLOSE", "PONG")
     )
 
     class Listener(picows.WSListener):
@@ -90,6 +90,8 @@ def _listener_class() -> type:
                 if frame.fin:
                     whole, self.parts = self.parts, b""
                     socket.on_frame(whole, now)
+            elif kind == pong:
+                socket.has_answered = True
             elif kind == close:
                 reason = frame.get_close_message() or b""
                 words = f"closed with {frame.get_close_code()} {bytes(reason)[:80].decode(errors='replace')}"
@@ -118,6 +120,7 @@ class Socket:
         self.url, self.on_frame, self.clock = url, on_frame, clock
         self.ping, self.ping_s, self.idle_s = ping, ping_s, idle_s
         self.last_ns, self.end, self.transport = 0, None, None
+        self.has_answered = False  # A websocket ping of ours was answered once
         self._over = asyncio.Event()
 
     def finish(self, code: str, words: str):
@@ -165,16 +168,19 @@ class Socket:
         "Ask for signs of life, and end the socket when there are none"
         import picows
 
-        asked_ns = self.clock.now_ns()
+        probe_s, answer_s = min(2.0, self.idle_s / 3), min(5.0, self.idle_s / 2)
+        greeted, probed = self.clock.now_ns(), self.clock.now_ns()
+        self.transport.send_ping()
         while True:
-            await asyncio.sleep(min(self.idle_s / 10, 1.0))
+            await asyncio.sleep(min(self.idle_s / 10, 0.5))
             now = self.clock.now_ns()
-            idle_s = (now - self.last_ns) / 1e9
-            if idle_s > self.idle_s:
+            idle_s, asked_s = (now - self.last_ns) / 1e9, (now - probed) / 1e9
+            is_unanswered = probed > self.last_ns and self.has_answered and asked_s > answer_s
+            if is_unanswered or idle_s > self.idle_s:
                 return self.finish("WS_HALF_OPEN", f"no frame for {idle_s:.1f} s, not even a pong")
-            if now - asked_ns > min(self.ping_s, self.idle_s / 3 if idle_s > 1 else 1e9) * 1e9:
-                asked_ns = now
-                if self.ping:
-                    self.transport.send(picows.WSMsgType.TEXT, self.ping.encode())
-                else:
-                    self.transport.send_ping()
+            if idle_s > probe_s and probed <= self.last_ns:
+                probed = now
+                self.transport.send_ping()
+            if self.ping and now - greeted > self.ping_s * 1e9:
+                greeted = now
+                self.transport.send(picows.WSMsgType.TEXT, self.ping.encode())
