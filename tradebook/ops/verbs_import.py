@@ -70,7 +70,12 @@ def report_text(
 
 # %% ../../nbs/ops/19_verbs_import.ipynb #e1b5c112
 Words = Annotated[
-    list[str], typer.Argument(metavar="[FORMAT] PATH...", help="Format, then files or folders.")
+    list[str],
+    typer.Argument(
+        metavar="[FORMAT] PATH",
+        help="auto (default), tardis, hftbacktest, binance-raw, bybit-ob500, cryptofeed, "
+        "json-snapshots or freqtrade; then files or folders.",
+    ),
 ]
 FileVenue = Annotated[str, typer.Option("--venue", help="Venue, where the files do not say it.")]
 FileSymbol = Annotated[
@@ -97,7 +102,7 @@ def import_(
     changes: Sets = None,
     is_json: Json = False,
 ) -> Answer:
-    "Put recordings into the store: auto, tardis, hftbacktest, binance-raw, bybit-ob500, ..."
+    "Put recordings of any known format into the store."
     from tradebook.collector.formats import import_files
     from tradebook.market.sources import Hints
     from tradebook.market.store import Store
