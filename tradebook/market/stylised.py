@@ -129,10 +129,16 @@ def signature(
     events: np.ndarray,  # Rows of EVENT, (n,)
     best_prices: np.ndarray,  # What `quotes` made of them
     steps_s: tuple = (0.1, 0.5, 1, 5, 10, 30),  # Steps, seconds
-) -> np.ndarray:  # Volatility, bps per square root of a second, (steps,)
+) -> (
+    np.ndarray
+):  # Volatility, bps per square root of a second, (steps,); NaN where no step is whole
     "Measure volatility at several steps"
-    found = [np.nanmean(returns_on_grid(events, best_prices, s) ** 2) / s for s in steps_s]
-    return np.sqrt(found)
+    out = []
+    for step_s in steps_s:
+        moves = returns_on_grid(events, best_prices, step_s)
+        moves = moves[np.isfinite(moves)]
+        out.append(np.sqrt((moves**2).mean() / step_s) if len(moves) else np.nan)
+    return np.array(out)
 
 
 def kurtosis(

@@ -102,7 +102,7 @@ def _lead_lag(seed, duration_s, start_ns, lag_s=0.5, share=0.7):
 # %% ../../nbs/market/26_worlds.ipynb #f273299a
 TOTAL_BPS = 1.3  # Volatility of a symbol that shares its news, per square root of a second
 OWN_SHARE = 0.1  # Of its variance, from its own trades
-TRADE_VARIANCE = 2.0  # What takers of the usual plan give, bps² a second, measured over hours
+TRADE_VARIANCE = 2.25  # What takers of the usual plan give, bps² a second, measured over hours
 
 
 def _news_matrix(correlation, n_symbols):
@@ -178,7 +178,7 @@ def _crash(seed, duration_s, start_ns, at_s=None, fall_bps=300.0, fall_s=20.0, b
     plan["push_bps"][fall] -= fall_bps / (fall.stop - fall.start)
     plan["push_bps"][rise] += back * fall_bps / (120 * STEPS_PER_S)
     plan["activity"][fall] *= 5
-    plan["pressure"][fall], plan["depth"][fall] = -2.5, 0.2
+    plan["pressure"][fall], plan["depth"][fall] = -3.5, 0.2
     made = _market(0, plan, _run(plan, seed, 0, start_ns), phase=phase, start_ns=start_ns)
     planted = {"at_s": at_s, "fall_bps": fall_bps, "fall_s": fall_s, "back": back}
     return World("crash", (made,), ("before", "falling", "coming back", "after"), planted)
