@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DECIMAL_PLACES', 'SIGNIFICANT_DIGITS', 'TICK_SIZE', 'UNKNOWN_FEE_BPS', 'grid_step', 'instrument_of', 'market_kinds',
-           'ccxt_settings', 'ccxt_class', 'ask_markets', 'cache_path', 'read_instruments', 'write_instruments',
-           'LoadedInstruments', 'load_instruments']
+           'ccxt_settings', 'ccxt_class', 'urls_at', 'ask_markets', 'cache_path', 'read_instruments',
+           'write_instruments', 'LoadedInstruments', 'load_instruments']
 
 # %% ../../nbs/venue/33_markets.ipynb #7e4ec43f
 import json
@@ -146,6 +146,25 @@ def ccxt_class(
     if venue not in ccxt.pro.exchanges:
         raise VenueError(f"VENUE_UNKNOWN: ccxt has no streams of {venue!r}")
     return getattr(ccxt.pro, venue)
+
+# %% ../../nbs/venue/33_markets.ipynb #631874d1
+def urls_at(
+    venue: str,  # Name of the venue
+    base: str,  # Such as http://127.0.0.1:8089
+) -> dict:  # For `ccxt_settings`
+    "Point a client at a server that speaks the venue's protocol"
+
+    def moved(value):
+        if isinstance(value, dict):
+            return {key: moved(one) for key, one in value.items()}
+        scheme, separator, rest = str(value).partition("://")
+        if not separator:
+            return value
+        path = "/" + rest.partition("/")[2] if "/" in rest else ""
+        return (base.replace("http", "ws", 1) if scheme.startswith("ws") else base) + path
+
+    api = moved(ccxt_class(venue)().describe()["urls"]["api"])
+    return {"api": api, "test": api, "demotrading": api}
 
 # %% ../../nbs/venue/33_markets.ipynb #7ca86208
 def _within(seconds, call):
