@@ -1,6 +1,7 @@
 """The real collector against the rehearsal exchange: what is stored, and what every fault of the wire is called."""
 
 import asyncio
+import itertools
 import os
 import subprocess
 from dataclasses import replace
@@ -114,7 +115,7 @@ class Story:
             told = [(r["ts_ns"], r["until_ns"]) for r in self.lines(symbol) if "also" in r]
             assert holes == told, symbol
             assert "UNKNOWN" not in {r["code"] for r in self.lines(symbol)}, self.lines(symbol)
-            assert all(b[0] >= a[1] for a, b in zip(holes, holes[1:], strict=False)), (
+            assert all(b[0] >= a[1] for a, b in itertools.pairwise(holes)), (
                 "holes overlap"
             )
             if self.exchange.source.pace.is_shifted and self.feed.state(symbol) == "live":

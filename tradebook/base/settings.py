@@ -174,6 +174,7 @@ class Values:
     root: Path  # Folder that relative paths start from
     paths: sections.Paths
     data: sections.Data
+    collector: sections.Collector
     features: sections.Features
     labels: sections.Labels
     training: sections.Training

@@ -33,6 +33,7 @@ from tradebook.ops.options import (
     span,
     value_lines,
 )
+from .verbs_collect import collect, rehearse
 from .verbs_data import data_app
 from .verbs_import import export, import_
 
@@ -112,6 +113,8 @@ def demo(
     return Answer(found, demo_text(found))
 
 # %% ../../nbs/ops/07_cli.ipynb #d49d8dc7
+app.command()(collect)
+app.command()(rehearse)
 app.command("import")(import_)
 app.command()(export)
 
