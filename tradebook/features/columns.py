@@ -242,8 +242,10 @@ _VARIATION = (
     Feature("micro_ratio_60s", "ratio", False, "It over the mid's", "Stoikov 2018", 60),
 )  # fmt: skip
 _CANDLES = (
-    Feature("parkinson_300s_bps", "bps", False, "From highs and lows", "Parkinson 1980", 300),
-    Feature("garman_klass_300s_bps", "bps", False, "From whole candles", "Garman 1980", 300),
+    Feature("parkinson_300s_bps", "bps", False, "From highs and lows", "Parkinson 1980", 300,
+            is_near=True),
+    Feature("garman_klass_300s_bps", "bps", False, "From whole candles", "Garman 1980", 300,
+            is_near=True),
     Feature("corwin_schultz_300s_bps", "bps", False, "Spread from highs, lows", "Corwin 2012", 300,
             is_near=True),
 )  # fmt: skip

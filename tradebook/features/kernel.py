@@ -24,6 +24,14 @@ from tradebook.features.columns import (
     SHAPE_LEVELS,
     VOLATILITY_WINDOWS_S,
 )
+from tradebook.features.desk import (
+    desk_beat,
+    desk_book,
+    desk_forget,
+    desk_store,
+    desk_trade,
+    emit_desk,
+)
 from tradebook.features.flow import (
     N_LEVELS,
     NO_ASK,
@@ -35,7 +43,7 @@ from tradebook.features.flow import (
 from .price import MID, emit_price
 from .schema import FeatureSet
 from .shape import depth_step, emit_shape, level_size, typical_size
-from .tape import emit_tape, tape_step
+from .tape import aggressor, emit_tape, tape_step
 from tradebook.features.timing import (
     BOOK,
     NS_PER_S,
@@ -141,6 +149,7 @@ def new_state(
 def forget(
     state: State,  # Changed in place
     ts: int,  # When this became known, receive time, ns
+    desk,  # The desk's memory, or None; changed in place
 ) -> None:
     "Make everything with a memory start anew"
     state.clock[SINCE] = state.clock[BEAT] + 1
@@ -150,6 +159,8 @@ def forget(
     state.sums.fill(0.0)
     state.depth.fill(0.0)
     state.tape[0], state.tape[1] = -1, 0
+    if desk is not None:
+        desk_forget(desk)
 
 # %% ../../nbs/features/20_kernel.ipynb #ee977bd0
 @njit(cache=True, nogil=True, no_cfunc_wrapper=True)
@@ -157,6 +168,7 @@ def on_gap(
     state: State,  # Changed in place
     ts: int,  # First receive time after the hole, ns
     hole_ns: int,  # Length of the hole, ns
+    desk,  # The desk's memory, or None; changed in place
 ) -> None:
     "Take note of a hole"
     clock = state.clock
@@ -164,7 +176,7 @@ def on_gap(
     inside = (last_beat_ts - (ts - hole_ns) + clock[BEAT_NS] - 1) // clock[BEAT_NS]
     forget_hole(state.totals, state.ring, clock[BEAT], max(inside, 0))
     clock[SEGMENT] += 1
-    forget(state, ts)
+    forget(state, ts, desk)
 
 # %% ../../nbs/features/20_kernel.ipynb #fa513229
 @njit(cache=True, nogil=True, no_cfunc_wrapper=True, forceinline=True)
@@ -172,6 +184,7 @@ def on_book(
     book: Book,  # As it stands at the end of the message
     state: State,  # Changed in place
     ts: int,  # Receive time of the message, ns
+    desk,  # The desk's memory, or None; changed in place
 ) -> None:
     "Take note of a book message"
     clock, is_changed = state.clock, False
@@ -185,6 +198,8 @@ def on_book(
         now[2, i] = NO_ASK
     if clock[IS_USABLE]:
         flow_step(was, now, state.fresh)
+        if desk is not None:
+            desk_book(desk, state.place, was, now, ts)
         is_changed = now[0, 0] != was[0, 0] or now[2, 0] != was[2, 0]
     timing_step(state.totals, state.stamps, ts, is_changed)
     clock[HALF] = 1 - clock[HALF]
@@ -196,6 +211,7 @@ def on_book(
 def on_beat(
     state: State,  # Changed in place
     ts: int,  # Time of the beat, ns
+    desk,  # The desk's memory, or None; changed in place
 ) -> None:
     "Let one beat pass"
     clock, totals = state.clock, state.totals
@@ -208,9 +224,13 @@ def on_beat(
         flow_beat(state.sums, state.fresh, state.decay[:n_decay])
         seen, per_second = beat - clock[SINCE], NS_PER_S // clock[BEAT_NS]
         volatility_beat(totals, state.ring, beat, seen, per_second)
+        if desk is not None:
+            desk_beat(desk, state.place, totals, state.ring, now, beat, seen, per_second, ts)
     else:
         totals[MID] = 0
-        forget(state, ts)
+        forget(state, ts, desk)
+    if desk is not None:
+        desk_store(desk, beat)
     for k in range(N_TOTALS):
         state.ring[beat & (len(state.ring) - 1), k] = totals[k]
 
@@ -292,6 +312,7 @@ def emit_row(
     ts: int,  # Time of the row, ns
     row: np.ndarray,  # One ROW, written
     x: np.ndarray,  # Features, (F,) float64 or float32, written
+    desk,  # The desk's memory, or None; changed in place
     own,  # From `join_formulas`: formulas of one's own, or None
 ) -> None:
     "Write one row"
@@ -305,11 +326,14 @@ def emit_row(
         return
     typical = typical_size(state.depth)
     emit_core(state, ts, n_bid, n_ask, typical)
+    beat, seen, rate = clock[BEAT], clock[BEAT] - clock[SINCE], NS_PER_S // clock[BEAT_NS]
+    if desk is not None:
+        n, when, beats = (n_bid, n_ask), (ts, state.stamps[RESET]), (beat, seen, rate)
+        emit_desk(desk, state.place, wide, book, s, n, state.ring, typical, when, beats)
     if own is not None:
-        beat, seen = clock[BEAT], clock[BEAT] - clock[SINCE]
         view = View(
             ts, s[0, 0], s[1, 0], s[2, 0], s[3, 0], s, n_bid, n_ask, typical,
-            state.ring, beat, seen, NS_PER_S // clock[BEAT_NS], wide,
+            state.ring, beat, seen, rate, wide,
         )  # fmt: skip
         own(view, wide, state.place[-1])
     for k in range(len(state.pick)):
@@ -324,6 +348,7 @@ def advance(
     rows: np.ndarray,  # Room for ROWs
     x: np.ndarray,  # Room for features, (len(rows), F)
     n: int,  # Rows written so far
+    desk,  # The desk's memory, or None; changed in place
     own,  # From `join_formulas`: formulas of one's own, or None
 ) -> int:  # Rows written now; stopped early if the room was full and clock[NEXT] is still <= ts
     "Let time pass without events"
@@ -333,9 +358,9 @@ def advance(
         is_row = now % clock[ROW_NS] == 0
         if is_row and n == len(rows):
             break
-        on_beat(state, now)
+        on_beat(state, now, desk)
         if is_row:
-            emit_row(book, state, now, rows[n], x[n], own)
+            emit_row(book, state, now, rows[n], x[n], desk, own)
             n += 1
         clock[NEXT] = now + clock[BEAT_NS]
     return n
@@ -350,6 +375,7 @@ def run(
     state: State,  # Changed in place
     rows: np.ndarray,  # Room for ROWs
     x: np.ndarray,  # Room for features, (len(rows), F), float64 or float32
+    desk,  # The desk's memory, or None; changed in place
     own,  # From `join_formulas`: formulas of one's own, or None
 ) -> tuple[int, int]:  # Rows written; first event not taken (stop, unless the room was full)
     "Take events, write the rows that fall due before them"
@@ -361,7 +387,7 @@ def run(
             clock[NEXT] = -(-ts // clock[BEAT_NS]) * clock[BEAT_NS]
             state.stamps[RESET] = ts
         if clock[NEXT] < ts:
-            n = advance(book, state, ts - 1, rows, x, n, own)
+            n = advance(book, state, ts - 1, rows, x, n, desk, own)
             if clock[NEXT] < ts:
                 return n, i
         apply_event(book, kind, e.side, e.price_ticks, e.size_lots)
@@ -369,11 +395,17 @@ def run(
             clock[IS_OPEN] = 1
         elif kind == KIND_TRADE:
             mid_2 = clock[MID_NOW] if clock[IS_USABLE] else 0
+            if desk is not None:
+                last, change = state.tape[0], state.tape[1]
+                sign = aggressor(e.side, e.price_ticks, mid_2, last, change)
+                now, typical = state.levels[clock[HALF]], typical_size(state.depth)
+                price, lots = e.price_ticks, e.size_lots
+                desk_trade(desk, state.place, sign, price, lots, now, mid_2, typical, ts)
             tape_step(state.totals, state.tape, e.side, e.price_ticks, e.size_lots, mid_2)
             state.stamps[TRADE] = ts
         elif kind == KIND_GAP:
-            on_gap(state, ts, e.size_lots)
+            on_gap(state, ts, e.size_lots, desk)
         if e.flags & FLAG_LAST and clock[IS_OPEN]:
             clock[IS_OPEN] = 0
-            on_book(book, state, ts)
+            on_book(book, state, ts, desk)
     return n, stop

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from ..base.errors import DataError
+from .desk import new_desk
 from .kernel import ROW, advance, join_formulas, new_state, run
 from .schema import FeatureSet, feature_set
 from ..market.book import BOOK_LOCKED, new_book
@@ -94,6 +95,11 @@ def _n_rows(events, features):
     return max(n, 0)
 
 # %% ../../nbs/features/21_rows.ipynb #7d0b3a6b
+def _more(features, of):
+    "Give what the kernel takes beside the core: the desk's memory and formulas of one's own"
+    return new_desk(features, of), join_formulas(features.own)
+
+
 def build_features(
     events: np.ndarray,  # Rows of EVENT, ordered by ts_recv, whole messages
     instrument: Instrument,  # Whose ticks and lots they count
@@ -105,10 +111,10 @@ def build_features(
     _check(events, instrument)
     n = _n_rows(events, features) if len(events) else 0
     rows, x = np.zeros(n, ROW), np.empty((n, len(features)), features.dtype)
-    book, state, own = new_book(), new_state(features), join_formulas(features.own)
+    book, state, more = new_book(), new_state(features), _more(features, instrument)
     if len(events):
-        done, _ = run(book, events, 0, len(events), state, rows, x, own)
-        advance(book, state, int(events["ts_recv"][-1]), rows, x, done, own)
+        done, _ = run(book, events, 0, len(events), state, rows, x, *more)
+        advance(book, state, int(events["ts_recv"][-1]), rows, x, done, *more)
     return FeatureRows(rows, x, features, max_age_ms)
 
 # %% ../../nbs/features/21_rows.ipynb #69e31e1e
@@ -136,7 +142,7 @@ class FeatureStream:
         self.instrument, self.feature_set = instrument, features or feature_set()
         self.book, self.state = new_book(), new_state(self.feature_set)
         self.max_age_ms, self.promised = max_age_ms, 0
-        self._own, shape = join_formulas(self.feature_set.own), (room, len(self.feature_set))
+        self._more, shape = _more(self.feature_set, instrument), (room, len(self.feature_set))
         self._rows, self._x = np.zeros(room, ROW), np.empty(shape, self.feature_set.dtype)
         self._none = self._take(0)
 
@@ -159,7 +165,7 @@ def push(
         raise DataError(
             f"{text}({self.promised}); call advance_to only for times that are complete"
         )
-    args = self.state, self._rows, self._x, self._own
+    args = self.state, self._rows, self._x, *self._more
     n, cursor = run(self.book, events, start, stop, *args)
     if cursor == stop:
         return self._take(n) if n else self._none
@@ -177,7 +183,7 @@ def advance_to(
     "Let time pass in silence"
     self.promised, parts = max(ts, self.promised), []
     while True:
-        n = advance(self.book, self.state, ts, self._rows, self._x, 0, self._own)
+        n = advance(self.book, self.state, ts, self._rows, self._x, 0, *self._more)
         parts.append(self._take(n))
         if n < len(self._rows):
             return parts[0] if len(parts) == 1 else join_rows(*parts)
