@@ -1,13 +1,21 @@
 """Files of others: what goes out comes back, damage is named by file and line, and the real hftbacktest agrees."""
 
 import gzip
+import json
+import zipfile
 
 import numpy as np
+import orjson
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from tradebook.base.errors import DataError
+from tradebook.collector.capture_files import CAPTURE_WIRES, read_captures
+from tradebook.collector.formats import FORMATS
+from tradebook.collector.wire_files import read_frames, read_ob500
 from tradebook.market.events import (
     EVENT,
     FLAG_LAST,
@@ -15,6 +23,7 @@ from tradebook.market.events import (
     KIND_CLEAR,
     KIND_GAP,
     KIND_LEVEL,
+    KIND_QUOTE,
     KIND_TRADE,
     check_events,
     make_events,
@@ -29,7 +38,9 @@ from tradebook.market.hftbacktest import (
     write_hftbacktest,
 )
 from tradebook.market.instruments import instrument
-from tradebook.market.quotes import quotes
+from tradebook.market.json_snapshots import read_json_snapshots
+from tradebook.market.quotes import quality, quotes
+from tradebook.market.snapshots import read_snapshots
 from tradebook.market.sources import Hints, infer_step
 from tradebook.market.synthetic import synthetic_market
 from tradebook.market.tardis import read_tardis, write_tardis
@@ -301,3 +312,281 @@ def test_what_is_no_such_file_says_what_it_is(tmp_path):
         list(read_tardis([tmp_path / "e.csv"]))
     with pytest.raises(DataError, match=r"a\.csv must be an npz"):
         list(read_hftbacktest([tmp_path / "a.csv"], Hints("a", "b/c")))
+
+
+# --- saved books as JSON
+
+
+@st.composite
+def saved_books(draw):
+    "Books of a few levels, a second apart, as an older collector saved them"
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    books = []
+    for k in range(draw(st.integers(1, 8))):
+        mid, n = int(rng.integers(9_000, 9_020)), int(rng.integers(1, 5))
+        bids = {mid - 1 - int(j): int(rng.integers(1, 9)) for j in rng.choice(9, n, replace=False)}
+        asks = {mid + 1 + int(j): int(rng.integers(1, 9)) for j in rng.choice(9, n, replace=False)}
+        books.append((1_700_000_000 + k, bids, asks))
+    return books
+
+
+SPELLINGS = (
+    (lambda s: s, lambda p, q: [f"{p * 0.01:.2f}", f"{q * 0.00001:.5f}"]),
+    (lambda s: s * 1000, lambda p, q: [round(p * 0.01, 2), round(q * 0.00001, 5), 3]),
+    (
+        lambda s: f"{np.datetime64(s, 's')}Z",
+        lambda p, q: {"price": f"{p * 0.01:.2f}", "qty": round(q * 0.00001, 5)},
+    ),
+)
+
+
+@few
+@given(saved_books(), st.sampled_from(range(3)), st.sampled_from(["one", "list", "lines"]))
+def test_saved_books_are_the_same_books_however_they_are_spelled(
+    tmp_path_factory, books, how, form
+):
+    time, level = SPELLINGS[how]
+    folder, docs = tmp_path_factory.mktemp("json"), []
+    for second, bids, asks in books:
+        sides = {
+            "bids": [level(*x) for x in bids.items()],
+            "asks": [level(*x) for x in asks.items()],
+        }
+        docs.append({"timestamp": time(second), **sides})
+    if form == "one":
+        paths = [folder / f"{k}.json" for k in range(len(docs))]
+        for path, doc in zip(paths, docs[::-1], strict=True):  # names in another order than times
+            path.write_bytes(orjson.dumps(doc))
+    else:
+        paths = [folder / "all.json.gz"]
+        text = orjson.dumps(docs) if form == "list" else b"\n".join(map(orjson.dumps, docs))
+        paths[0].write_bytes(gzip.compress(text))
+    (made,) = read_json_snapshots(paths, Hints(OF.venue, OF.symbol))
+    check_events(made.events)
+    assert made.report.refused == {} and made.report.n_rows_read == len(books)
+    book, seen = {1: {}, -1: {}}, []
+    for e in made.events:
+        if e["kind"] == KIND_CLEAR:
+            book = {1: {}, -1: {}}
+        elif e["kind"] == KIND_LEVEL:
+            book[int(e["side"])].pop(int(e["price_ticks"]), None)
+            if e["size_lots"]:
+                book[int(e["side"])][int(e["price_ticks"])] = int(e["size_lots"])
+        if e["flags"] & FLAG_LAST and e["kind"] != KIND_GAP:
+            seen.append((int(e["ts_recv"]) // 10**9, dict(book[1]), dict(book[-1])))
+    assert seen == books
+
+
+@pytest.mark.recordings
+def test_a_real_recording_saved_as_json_gives_the_same_events(recordings, tmp_path):
+    "StandX's snapshots written as an older collector would have, read back with the same holes"
+    path = recordings / "standx/BTC-USD_book20_2026-01-07.parquet"
+    raw = pd.read_parquet(path).iloc[:1_500]
+    raw.to_parquet(tmp_path / path.name)
+    wanted = read_snapshots(tmp_path / path.name)
+    lines = []
+    for row in raw.to_dict("records"):
+        sides = {
+            f"{side}s": [[row[f"{side}_px_{k}"], row[f"{side}_qty_{k}"]] for k in range(20)]
+            for side in ("bid", "ask")
+        }
+        times = {"timestamp": row["ts_exch"].value, "received_at": row["ts_recv"].value}
+        lines.append(orjson.dumps({**times, **sides}))
+    lines[700] = lines[700][: len(lines[700]) // 2]
+    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(b"\n".join(lines)))
+    (made,) = read_json_snapshots([tmp_path / "x.jsonl.gz"], Hints("standx", "BTC/USD:USD"))
+    check_events(made.events)
+    assert {why: [r["line"] for r in rows] for why, rows in made.refused_rows.items()} == {
+        "not JSON": [701]
+    }
+    ours, theirs = quotes(made.events), quotes(wanted.events)
+    lost = theirs["ts_recv"] == raw["ts_recv"].iloc[700].value
+    theirs = theirs[~lost]
+    for name in ("ts_recv", "bid_ticks", "ask_ticks", "bid_lots", "ask_lots"):
+        assert (ours[name] == theirs[name]).all(), name
+    assert made.report.notes["n_gaps"] == wanted.report.notes["n_gaps"] > 5
+
+
+# --- wires
+
+
+@pytest.mark.recordings
+def test_bybits_archive_is_the_book_of_a_dictionary(recordings):
+    (made,) = read_ob500([recordings / "bybit/xrpusdt-ob500.data.zip"])
+    check_events(made.events)
+    of, plain, tops = made.instrument, {1: {}, -1: {}}, []
+    assert (of.symbol, of.tick_size, of.lot_size) == ("XRP/USDT:USDT", 0.0001, 1.0)
+    assert made.report.notes["tick_from"] == "inferred" and made.report.n_rows_read == 50
+    with zipfile.ZipFile(recordings / "bybit/xrpusdt-ob500.data.zip") as archive:
+        lines = archive.read(archive.namelist()[0]).splitlines()
+    for content in map(orjson.loads, lines):
+        if content["type"] == "snapshot":
+            plain = {1: {}, -1: {}}
+        for side, key in ((1, "b"), (-1, "a")):
+            for price, size in content["data"][key]:
+                plain[side].pop(float(price), None)
+                if float(size):
+                    plain[side][float(price)] = float(size)
+        bid, ask = max(plain[1]), min(plain[-1])
+        tops.append((bid, plain[1][bid], ask, plain[-1][ask]))
+    touch = quotes(made.events)
+    found = np.stack(
+        [
+            of.price(touch["bid_ticks"]), of.size(touch["bid_lots"]),
+            of.price(touch["ask_ticks"]), of.size(touch["ask_lots"]),
+        ], 1,
+    )  # fmt: skip
+    assert found.tolist() == np.array(tops).tolist()
+
+
+@pytest.mark.recordings
+def test_damage_in_bybits_archive_is_named_and_ends_the_book(recordings, tmp_path):
+    with zipfile.ZipFile(recordings / "bybit/xrpusdt-ob500.data.zip") as archive:
+        lines = archive.read(archive.namelist()[0]).splitlines()
+    lines[20] = lines[20][:-40]
+    lines.insert(5, b"no frame at all")
+    (tmp_path / "x.data").write_bytes(b"\n".join(lines) + b"\n")
+    (made,) = read_ob500([tmp_path / "x.data"], Hints(symbol="XRP/USDT"))
+    check_events(made.events)
+    assert made.report.symbol == "XRP/USDT" and made.report.n_rows_read == 51
+    assert sorted(r["line"] for r in made.refused_rows["not a frame"]) == [6, 22]
+    assert made.events["kind"][-1] == KIND_GAP  # numbering broke at the damage, no snapshot after
+
+
+@pytest.mark.recordings
+def test_every_line_of_a_real_capture_is_accounted_for(recordings, tmp_path):
+    n_markets = {}
+    for stem in CAPTURE_WIRES:
+        paths = sorted((recordings / "wire").glob(f"{stem}.*"))
+        made = list(read_captures(paths))
+        n_lines = sum(
+            1
+            for path in paths
+            if path.name != f"{stem}.0"
+            for line in path.read_bytes().splitlines()
+            if line
+        )
+        assert sum(one.report.n_rows_read for one in made) == n_lines
+        for one in made:
+            check_events(one.events)
+            found = quality(one.events, one.instrument)
+            assert (found["n_gaps"], found["n_crossed"], found["n_quote_mismatches"]) == (0, 0, 0)
+        n_markets[stem] = len(made)
+    assert n_markets == {
+        "BINANCE_FUTURES": 4, "BYBIT": 10, "COINBASE": 10, "KRAKEN": 10, "KRAKEN_FUTURES": 10,
+        "KUCOIN": 9, "OKX": 3,
+    }  # fmt: skip
+
+
+@pytest.mark.recordings
+def test_damage_in_a_capture_is_named(recordings, tmp_path):
+    for name in ("OKX.0", "OKX.ws.1.0"):
+        (tmp_path / name).write_bytes((recordings / "wire" / name).read_bytes())
+    lines = (tmp_path / "OKX.ws.1.0").read_bytes().splitlines()
+    at = next(k for k, line in enumerate(lines) if b'"update"' in line)
+    lines[at] = lines[at][:-30]
+    lines.append(b"nothing that a capture holds")
+    (tmp_path / "OKX.ws.1.0").write_bytes(b"\n".join(lines) + b"\n")
+    made = list(read_captures([tmp_path / "OKX.ws.1.0"]))
+    refused = {}
+    for one in made:
+        for why, rows in one.refused_rows.items():
+            refused.setdefault(why, []).extend(r["line"] for r in rows)
+    assert refused.pop("not a line of a capture") == [len(lines)]
+    assert at + 1 in refused["not a frame"]
+    assert sum(one.report.notes["n_gaps"] for one in made) >= 1  # the lost update ended a book
+
+
+@pytest.mark.recordings
+def test_real_frames_go_out_to_both_formats_and_come_back(recordings, tmp_path):
+    "With the real hftbacktest in between: the best prices and sizes after every message are ours"
+    made = read_frames(recordings / "binance/usdm_ethusdt_20240808.gz")
+    of = made.instrument
+    ends = np.flatnonzero(made.events["flags"] & FLAG_LAST) + 1
+    events = made.events[: int(ends[np.searchsorted(ends, 100_000)])]
+    told = write_hftbacktest(events, of, tmp_path / "x.npz")
+    n_quotes = int((events["kind"] == KIND_QUOTE).sum())
+    assert told["left_out"] == {"quote": n_quotes} and n_quotes > 1_000
+    assert told["n_negative_latency"] > 10_000
+    (back,) = read_hftbacktest([tmp_path / "x.npz"], Hints(of.venue, of.symbol))
+    kept = events[events["kind"] != KIND_QUOTE]
+    known = kept["ts_event"] > 0
+    for name in set(EVENT.names) - {"ts_event"}:
+        assert (back.events[name] == kept[name]).all(), name
+    assert (back.events["ts_event"][known] == kept["ts_event"][known]).all()
+    assert_same_best(tmp_path / "x.npz", kept, of, 1_000)
+    told = write_tardis(events, of, tmp_path / "csv")
+    assert told["left_out"] == {"quote": n_quotes}
+    (again,) = read_tardis(told["files"])
+    wanted = in_microseconds(events)
+    for name in set(EVENT.names) - {"flags"}:
+        assert (again.events[name] == wanted[name]).all(), name
+    n_ends = [int((rows["flags"] & FLAG_LAST > 0).sum()) for rows in (wanted, again.events)]
+    assert n_ends[0] - n_ends[1] == told["n_merged"]  # trades of one microsecond, read in one go
+    is_book = wanted["kind"] != KIND_TRADE
+    assert (again.events["flags"][is_book] == wanted["flags"][is_book]).all()
+
+
+# --- the verbs
+
+
+def verb(*words):
+    "Exit code, answer as JSON, and what was said to a person"
+    from tradebook.ops.cli import app
+
+    done = CliRunner().invoke(app, [*map(str, words), "--json"])
+    return done.exit_code, json.loads(done.stdout or "{}"), done.stderr
+
+
+def test_a_market_goes_through_both_formats_by_the_verbs(tmp_path):
+    market = synthetic_market(seed=5, duration_s=60)
+    of, root = market.instrument, tmp_path / "root"
+    write_hftbacktest(market.events, of, tmp_path / "day.npz")
+    where, names = ("--data", root), ("--venue", "made", "--symbol", "FOO/USDT:USDT")
+    code, told, _ = verb("import", "hftbacktest", tmp_path / "day.npz", *names, *where)
+    assert code == 0 and told["imports"][0]["notes"]["tick_from"] == "inferred"
+    code, told, _ = verb("export", "tardis", tmp_path / "csv", *where)
+    assert code == 0 and told["symbol"] == "FOO/USDT:USDT" and told["left_out"] == {}
+    other = ("--data", tmp_path / "other")
+    code, again, _ = verb("import", "tardis", tmp_path / "csv", *other)
+    assert code == 0 and again["imports"][0]["n_events"] == again["store"][0]["n_rows"]
+    assert again["store"][0]["symbol"] == "FOO/USDT:USDT"  # our own names come back
+    code, _, said = verb("export", "tardis", tmp_path / "csv", *where)
+    assert code == 2 and "--overwrite" in said and "Next: " in said
+    assert verb("export", "tardis", tmp_path / "csv", "--overwrite", *where)[0] == 0
+
+
+def test_refused_rows_are_kept_and_told_by_the_verb(tmp_path):
+    market = synthetic_market(seed=5, duration_s=10)
+    told = write_tardis(market.events, market.instrument, tmp_path / "csv")
+    path = next(f for f in told["files"] if "trades" in f)
+    lines = gzip.open(path).read().splitlines()
+    lines[3] = lines[3].replace(b",buy,", b",bye,").replace(b",sell,", b",bye,")
+    (tmp_path / "bad.csv").write_bytes(b"\n".join(lines) + b"\n")
+    code, told, _ = verb("import", "tardis", tmp_path / "bad.csv", "--data", tmp_path / "root")
+    (report,) = told["imports"]
+    assert code == 0 and report["refused"] == {"value not readable": 1}
+    aside = (tmp_path / "root/refused/value_not_readable.jsonl").read_text().splitlines()
+    assert [json.loads(row)["line"] for row in aside] == [4]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "told"),
+    [
+        (("import", "tardi", "x"), 2, "did you mean 'tardis'"),
+        (("import", "tardis"), 2, "was told none"),
+        (("import", "tardis", "nowhere"), 3, "does not exist"),
+        (("export", "tardiss", "x"), 2, "did you mean 'tardis'"),
+        (("export", "hftbacktest", "x.csv"), 2, "must be an .npz file"),
+    ],
+)
+def test_mistyped_words_say_what_to_do(tmp_path, words, code, told):
+    found, _, said = verb(*words, "--data", tmp_path)
+    assert found == code and told in said and "Next: " in said
+
+
+def test_the_help_names_every_format():
+    from tradebook.ops.cli import app
+
+    text = CliRunner().invoke(app, ["import", "--help"]).stdout
+    assert all(name in text for name in FORMATS), text
