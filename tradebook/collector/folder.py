@@ -98,7 +98,8 @@ def import_folder(
     jobs, reports, last = plan_imports(path), [], {}
     if not any(job.kind for job in jobs):
         raise DataError(
-            f"{path} must hold recordings; no importer knows any of its {len(jobs)} files"
+            f"{path} must hold recordings; none of its files is known by its content, so name"
+            " a format, such as tradebook import tardis FOLDER"
         )
     for n, job in enumerate(jobs):
         names = tuple(sorted(file.name for file in job.files.values()))
