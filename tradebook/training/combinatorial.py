@@ -25,13 +25,7 @@ class CombinatorialPurgedKFold:
         n_test_folds: int = 2,  # Stretches in a test, >= 1, fewer than n_folds
         embargo_ns: int = 0,  # Time after each test stretch in which no training row starts, >= 0
     ):
-        if n_folds < 2:
-            raise ModelError(f"n_folds must be >= 2, was {n_folds}")
-        if not 1 <= n_test_folds < n_folds:
-            text = f"n_test_folds must be >= 1 and below n_folds ({n_folds})"
-            raise ModelError(f"{text}, was {n_test_folds}")
-        if embargo_ns < 0:
-            raise ModelError(f"embargo_ns must be >= 0, was {embargo_ns}")
+        _check_folds(n_folds, n_test_folds, embargo_ns)
         self.n_folds, self.n_test_folds, self.embargo_ns = n_folds, n_test_folds, embargo_ns
 
     def get_n_splits(self, *_) -> int:
@@ -64,6 +58,17 @@ class CombinatorialPurgedKFold:
                 hint = "take fewer folds, a shorter horizon or embargo, or more data"
                 raise ModelError(f"{text}: no training row is clear of the test; {hint}")
             yield train, np.concatenate([folds[f] for f in chosen])
+
+# %% ../../nbs/training/06_combinatorial.ipynb #47e7b757
+def _check_folds(n_folds, n_test_folds, embargo_ns):
+    "Refuse folds that cannot be cut"
+    if n_folds < 2:
+        raise ModelError(f"n_folds must be >= 2, was {n_folds}")
+    if not 1 <= n_test_folds < n_folds:
+        text = f"n_test_folds must be >= 1 and below n_folds ({n_folds})"
+        raise ModelError(f"{text}, was {n_test_folds}")
+    if embargo_ns < 0:
+        raise ModelError(f"embargo_ns must be >= 0, was {embargo_ns}")
 
 # %% ../../nbs/training/06_combinatorial.ipynb #28a2eea6
 def path_table(
