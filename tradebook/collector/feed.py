@@ -136,7 +136,7 @@ def tick(self: Feed):
         for symbol in torn:
             self.resync(symbol)
     if jump := self.venue_clock.check(now):
-        self._tell_all(Incident.VENUE_CLOCK, f"venue's clock moved by {jump / NS_PER_S:+.1f} s")
+        self.tell_all(Incident.VENUE_CLOCK, f"venue's clock moved by {jump / NS_PER_S:+.1f} s")
     if not self.ready.is_set() and all(self.state(s) == "live" for s in self.ids):
         self.ready.set()
 

@@ -69,7 +69,7 @@ class Intake:
         self.lines = strict.lines
         self.vitals = Vitals(tuple(self.ids), new_book, bounds)
         self.queue, self.venue_clock = FrameQueue(queue_bytes), VenueClock()
-        self.door = Door(spec.rest_url, tell=self._tell_all)
+        self.door = Door(spec.rest_url, tell=self.tell_all)
         names = list(self.ids)
         chunks = [set(names[i : i + per_socket]) for i in range(0, len(names), per_socket)]
         self.shards = [Shard(chunk) for chunk in chunks]
@@ -100,7 +100,7 @@ class Intake:
         self.tallies[symbol][str(code)] += 1
         self.sink.incident(symbol, self.clock.now_ns(), str(code), words)
 
-    def _tell_all(self, code, words):
+    def tell_all(self, code, words):
         "Tell of something that concerns every symbol"
         for symbol in self.ids:
             self.incident(symbol, code, words)
