@@ -27,11 +27,11 @@ try:
 except ModuleNotFoundError:
     sys.exit("polars is not installed; it comes with: pip install 'tradebook[bench]'")
 
+from tradebook.features.columns import FAMILIES
 from tradebook.features.flow import emit_flow, flow_beat
 from tradebook.features.kernel import new_state
 from tradebook.features.price import MID, emit_price
 from tradebook.features.rows import FeatureStream, build_features
-from tradebook.features.columns import FAMILIES
 from tradebook.features.schema import feature_set
 from tradebook.features.shape import depth_step, level_size, typical_size
 from tradebook.features.tape import SIGNED, TRADES, VOLUME, emit_tape

@@ -1,4 +1,4 @@
-"""Record a rehearsal exchange for a quarter of an hour while something breaks every few seconds; every hole must have its fault.
+"""Record a rehearsal exchange while something breaks every few seconds; every hole must have its fault.
 
     python benchmarks/soak.py [MINUTES] [SEED] [--no-faults]
 
@@ -25,6 +25,7 @@ FAULTS = [  # code, fields; the seconds are longer than the bound that must find
     ("burst", {"seconds": 3, "value": 10}), ("slow", {"seconds": 4, "value": 300}),
     ("accept_then_close", {"seconds": 4}), ("rate_limit", {"seconds": 5, "way": "both"}),
 ]  # fmt: skip
+OF_SOCKETS = ("close", "abort", "half_open", "rate_limit")  # these hit every symbol of a socket
 CAUSED_BY = {  # which faults may lead to which cause of a hole
     "SEQ_GAP": {"drop", "reorder", "malformed"},
     "FRAME_MALFORMED": {"malformed"},
@@ -43,7 +44,10 @@ CAUSED_BY = {  # which faults may lead to which cause of a hole
 def command(*words):
     "Start the command line in a process of its own"
     return subprocess.Popen(
-        [sys.executable, "-m", "tradebook", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "tradebook", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -60,7 +64,9 @@ def memory_mib(pid):
 
 def main(minutes=15.0, seed=7, has_faults=True):
     chance, seconds = random.Random(seed), minutes * 60
-    exchange = command("rehearse", "--port", "0", "--speed", "4x", "--for", f"{seconds + 120:.0f}s", "--json")
+    exchange = command(
+        "rehearse", "--port", "0", "--speed", "4x", "--for", f"{seconds + 120:.0f}s", "--json"
+    )
     url = json.loads(exchange.stderr.readline())["url"]
     root = tempfile.mkdtemp(prefix="soak-")
     recording = command(
@@ -102,8 +108,10 @@ def report(root, faults, checked, memory):
             if "also" not in row:
                 continue
             end = lambda f: (f["stop_ns"] or 2**63) + 40_000_000_000  # noqa: E731 what it broke heals later
-            acting = [f for f in faults if f["start_ns"] <= row["until_ns"] and end(f) >= row["ts_ns"]]
-            mine = [f for f in acting if f["symbol"] in ("", id) or f["code"] in ("close", "abort", "half_open", "rate_limit")]
+            acting = [
+                f for f in faults if f["start_ns"] <= row["until_ns"] and end(f) >= row["ts_ns"]
+            ]
+            mine = [f for f in acting if f["symbol"] in ("", id) or f["code"] in OF_SOCKETS]
             found = [f["code"] for f in mine if f["code"] in CAUSED_BY.get(row["code"], set())]
             tally[row["code"], found[-1] if found else "NO FAULT"] += 1
             if not found:
@@ -116,10 +124,15 @@ def report(root, faults, checked, memory):
     print("data check:", json.dumps(checked, indent=1)[:3000])
     if len(memory) > 4:
         first, last = memory[len(memory) // 3], memory[-1]
-        print(f"memory: {first:.1f} MiB after a third, {last:.1f} MiB at the end ({last - first:+.1f})")
+        print(
+            f"memory: {first:.1f} MiB after a third, {last:.1f} MiB at the end ({last - first:+.1f})"
+        )
     print("every hole has its fault" if not without else f"{len(without)} holes WITHOUT a fault")
 
 
 if __name__ == "__main__":
     words = [w for w in sys.argv[1:] if not w.startswith("--")]
-    main(*(float(w) if i == 0 else int(w) for i, w in enumerate(words)), has_faults="--no-faults" not in sys.argv)
+    main(
+        *(float(w) if i == 0 else int(w) for i, w in enumerate(words)),
+        has_faults="--no-faults" not in sys.argv,
+    )

@@ -18,11 +18,19 @@ import numpy as np
 from book_replay import Peer, check_quotes, hft_quotes, hftbacktest, to_hft
 from common import header, options, rate_row, show, take_turns
 from feeds import fifty_levels, gzip_bytes
+from numba import njit
 
 from tradebook.market.events import FLAG_LAST, KIND_LEVEL, KIND_TRADE
 from tradebook.market.quotes import quotes
-from tradebook.market.store import read_parquet, write_parquet
+from tradebook.market.store import Store, read_parquet, write_parquet
+from tradebook.market.stored_quotes import stored_quotes
 from tradebook.market.synthetic import synthetic_market
+
+
+@njit
+def first_event(hbt):
+    "Go to the first event: the file is read for it"
+    return hbt.wait_next_feed(False, 10**18)
 
 
 def spent(clock, work, *args):
@@ -51,8 +59,9 @@ def main():
     span = (float(prices.min()) - 100, float(prices.max()) + 100)
     room = [np.zeros(n, np.int64), np.zeros((n, 2), np.int64), np.zeros((n, 2))]
     with tempfile.TemporaryDirectory() as folder:
-        ours, theirs = Path(folder) / "part.parquet", Path(folder) / "data.npz"
-        write_parquet(events, ours)
+        store, theirs = Store(Path(folder) / "store"), Path(folder) / "data.npz"
+        for part in store.write(events, of, "synthetic"):
+            ours = store.day(of.venue, of.symbol, part.date) / part.file
         np.savez_compressed(theirs, data=to_hft(events, of))
         peer = Peer(hftbacktest.ROIVectorMarketDepthBacktest, [str(theirs)], of, span)
 
@@ -62,17 +71,25 @@ def main():
             peer.n = hft_quotes(hbt, *room)
             hbt.close()
 
+        def load():
+            "From the npz to the first event"
+            hbt = peer.open()
+            first_event(hbt)
+            hbt.close()
+
         replay()
         if not (read_parquet(ours) == events).all():
             sys.exit("what was read differs from what was written")
+        if not (stored_quotes(store, of.venue, of.symbol) == quotes(events)).all():
+            sys.exit("the quotes from the file differ from those from the rows")
         check_quotes(peer, of, room, quotes(events))
         work = {
             "ours": lambda: read_parquet(ours),
             "numpy's npz": lambda: np.load(theirs)["data"],
-            "hftbacktest's npz": lambda: peer.open().close(),
-            "ours, quotes": lambda: quotes(read_parquet(ours)),
+            "hftbacktest's npz": load,
+            "ours, quotes": lambda: stored_quotes(store, of.venue, of.symbol),
             "hftbacktest, quotes": replay,
-            "ours, write": lambda: write_parquet(events, ours),
+            "ours, write": lambda: write_parquet(events, Path(folder) / "again"),
         }
         clocks = {"": time.perf_counter, ", one core": time.process_time}
         cases = {

@@ -115,9 +115,7 @@ class Story:
             told = [(r["ts_ns"], r["until_ns"]) for r in self.lines(symbol) if "also" in r]
             assert holes == told, symbol
             assert "UNKNOWN" not in {r["code"] for r in self.lines(symbol)}, self.lines(symbol)
-            assert all(b[0] >= a[1] for a, b in itertools.pairwise(holes)), (
-                "holes overlap"
-            )
+            assert all(b[0] >= a[1] for a, b in itertools.pairwise(holes)), "holes overlap"
             if self.exchange.source.pace.is_shifted and self.feed.state(symbol) == "live":
                 last = quotes(rows)[-1]
                 best = [int(last[n]) for n in ("bid_ticks", "bid_lots", "ask_ticks", "ask_lots")]

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from tradebook.base.errors import DataError
+from tradebook.base.errors import DataError, ReportError
 from tradebook.base.settings import load_settings
 from tradebook.market.coverage import (
     Hole,
@@ -38,6 +38,7 @@ from tradebook.market.snapshots import read_snapshots
 from tradebook.market.store import Store
 from tradebook.market.synthetic import synthetic_market
 from tradebook.ops.cli import app
+from tradebook.ops.runner import run_report
 
 S = 10**9
 DAY = 86_400 * S
@@ -543,3 +544,26 @@ def test_every_code_says_what_to_do():
     for code, bound in BOUNDS.items():
         assert code == code.upper() and bound.remedy and bound.meaning
         assert 0 <= bound.warn <= bound.fail <= 1
+
+
+# The report
+
+
+def test_report_says_what_the_check_says(root, made, tmp_path):
+    (hole,) = find_holes(Store(root / "market").parts())
+    write_incident(root, made.instrument, hole)
+    done = run_report("data_quality", {"data": root}, out=tmp_path / "out")
+    values = done.result["values"]
+    assert values["verdict"]["status"] == "fail" and "MISSING" in values["verdict"]["detail"]
+    assert {c["name"]: c["status"] for c in values["checks"]} == {
+        "Coverage": "fail",
+        "Causes": "pass",
+        "Messages": "pass",
+        "Book": "pass",
+        "Clock": "pass",
+        "Files": "pass",
+    }
+    page = done.html.read_text()
+    assert "WS_SILENT" in page and "Coverage by day and hour" in page
+    with pytest.raises(ReportError, match=r"unknown parameter 'symbols'.*did you mean 'symbol'"):
+        run_report("data_quality", {"symbols": "x"}, out=tmp_path / "no")

@@ -22,8 +22,8 @@ FLAGS = [
     "--disable-sync",
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
 ]
-MARK = ".overplot .trace path"  # A bar, a line or a point that plotly has drawn
-REPORTS = ("backtest", "diagnosis", "labels")
+MARK = ".overplot .trace path, .overplot .hm image"  # A bar, line, point or map that plotly drew
+REPORTS = ("backtest", "data_quality", "diagnosis", "labels")
 FIGURE = """
 import plotly.graph_objects as go
 go.Figure(go.Scatter(y=[1, 3, 2, value]))

@@ -116,7 +116,7 @@ TOUCH_LOTS, BEHIND_LOTS, TAKER_LOTS = (7.7, 1.1), (3.9, 2.0), (3.57, 2.07)  # Lo
 ADDED_LOTS = (4.6, 2.3)  # Of an order that joins the touch
 IMPACT_SPREAD = 0.9  # A size e times larger moves the price e ** (0.9 / 2.07) times more
 DEPTH_TICKS, MIN_LEVELS = 400, 40
-LEAN = 0.4  # Of a pressure of one: log sizes; half of it on the log odds of takers
+LEAN = 0.4  # Of a pressure of one: log sizes; three quarters of it on the log odds of takers
 _AT = np.linspace(0, 1, 41)  # Shares at which the distances stand
 LIMIT_TICKS = np.interp(
     _AT, [0, 0.067, 0.1, 0.25, 0.5, 0.75, 0.9, 1], [0, 0, 21, 90, 184, 279, 344, 400]
@@ -238,7 +238,7 @@ def _follow(world, rng, fair_ticks, pressure, depth, is_forced):
 @njit(cache=True, nogil=True)
 def _buy_chance(base, excess, pressure):
     "Chance that a taker who comes now is a buyer"
-    odds = math.exp(0.5 * LEAN * pressure)
+    odds = math.exp(0.75 * LEAN * pressure)
     buy = (base[5] + excess[5].sum()) * odds
     return buy / (buy + base[4] + excess[4].sum())
 

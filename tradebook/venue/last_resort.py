@@ -65,6 +65,7 @@ class _Watch:
     def __init__(self, of, make_client, put, settings):
         self.of, self.make_client, self.put, self.settings = of, make_client, put, settings
         self.last, self.failures = LastBook(of, settings["depth"]), 0
+        self.stored_ns = 0  # Receive time of what was handed on last, ns UTC
 
     def say(self, code, detail):
         "Put a word into the queue"
@@ -171,13 +172,15 @@ class _Feed:
         if not len(told.events) and not told.code:
             return
         if self.queue.qsize() >= self.most and told.stream != "control":
-            watch.last.break_off()
+            watch.last.break_off(watch.stored_ns)
             self.dropped[watch.of.symbol] = self.dropped.get(watch.of.symbol, 0) + 1
             return
         words = (told._replace(events=told.events[:0]),) if told.code else ()
         if n := self.dropped.pop(watch.of.symbol, 0):
             lost = {"code": "BACKPRESSURE", "detail": f"{n} updates dropped, the queue was full"}
             words = (Decoded(watch.of.symbol, "control", **lost), *words)
+        if len(told.events):
+            watch.stored_ns = int(told.events["ts_recv"][-1])
         self.queue.put_nowait(Batch(watch.of.symbol, told.events, words))
 
 # %% ../../nbs/venue/35_last_resort.ipynb #cc796754

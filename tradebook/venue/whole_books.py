@@ -66,8 +66,9 @@ class LastBook:
         self.seen: deque = deque(maxlen=5000)  # Of trades, the newest
         self.known: set = set()  # The same, to look them up
 
-    def break_off(self):
-        "Say that something may have been missed since the last thing that was told"
+    def break_off(self, stored_ns: int | None = None):
+        "Say that something may be missing since the last thing told, or since what was stored last"
+        self.last_ns = self.last_ns if stored_ns is None else stored_ns
         self.sides, self.is_broken = None, self.last_ns > 0
 
     def _begin(self, ts_event, ts_recv):
