@@ -111,6 +111,8 @@ class Recorder:
 
     def events(self, symbol: str, rows: np.ndarray) -> bool:
         "Take rows of a symbol; False when they were dropped"
+        if getattr(rows.base, "nbytes", 0) > 2 * rows.nbytes:
+            rows = rows.copy()  # a small view would keep the whole batch in memory while it waits
         if not self.blocked and self.queue.put(("rows", symbol, rows), rows.nbytes):
             return True
         self.counts["n_events_dropped"] += len(rows)
