@@ -10,6 +10,7 @@ __all__ = ['WINDOWS_S', 'VOLATILITY_WINDOWS_S', 'FLOW_LEVELS', 'FLOW_HALF_LIVES_
            'MESSAGE_DEPTHS', 'FLOW_MESSAGES', 'RETURN_MESSAGES', 'LONG_MESSAGES', 'MESSAGES', 'Feature']
 
 # %% ../../nbs/features/00_columns.ipynb #a088a88a
+import math
 from dataclasses import dataclass
 
 # %% ../../nbs/features/00_columns.ipynb #43c122cb
@@ -37,6 +38,9 @@ class Feature:
     is_near: bool = (
         False  # True when it depends on the price level, so that the mirror holds nearly
     )
+    scaling: str = "exact"  # Under ten times the price or size: "exact", "near" or "absolute"
+    is_bridging: bool = False  # True when it keeps what it saw before a hole
+    settles_s: float = 300.0  # Seconds after which a late start is forgotten; inf: never certain
 
     @property
     def warm_up_s(self) -> float:  # Seconds after the start or a hole during which it is NaN
@@ -95,12 +99,17 @@ _TAPE = (
 # %% ../../nbs/features/00_columns.ipynb #b8381c53
 _VOLATILITY = (
     *(
-        Feature(f"volatility_{w}s_bps", "bps", False, f"Realised, per {w} s", "Zhang 2005", w)
+        Feature(
+            f"volatility_{w}s_bps", "bps", False, f"Realised, per {w} s", "Zhang 2005", w,
+            is_bridging=True,
+        )
         for w in VOLATILITY_WINDOWS_S
     ),
-    Feature("volatility_ratio", "ratio", False, "10 s volatility over 300 s", "plain", 300),
-    Feature("trend_20s", "ratio", True, "20 s return in its volatilities", "plain", 20),
-)
+    Feature("volatility_ratio", "ratio", False, "10 s volatility over 300 s", "plain", 300,
+            is_bridging=True),
+    Feature("trend_20s", "ratio", True, "20 s return in its volatilities", "plain", 20,
+            is_bridging=True),
+)  # fmt: skip
 _TIMING = (
     Feature("since_book_s", "s", False, "Age of the book", "plain"),
     Feature("since_trade_s", "s", False, "Since a trade, 60 at most", "Engle 1998"),
@@ -136,11 +145,11 @@ BANDS_BPS, ORDER_LEVELS, ORDER_HALF_LIFE_S = (5, 10, 25), 5, 5
 _SIDES = {"bid": "ask", "ask": "bid", "buy": "sell", "sell": "buy"}
 
 
-def _pair(name, unit, text, source, window_s=0, sides=("bid", "ask"), is_near=False):
+def _pair(name, unit, text, source, window_s=0, sides=("bid", "ask"), **more):
     "Declare a column for each side; each is the other's mirror image"
     return tuple(
         Feature(name.format(s), unit, False, text.format(s), source, window_s,
-                name.format(_SIDES[s]), is_near)
+                name.format(_SIDES[s]), **more)
         for s in sides
     )  # fmt: skip
 
@@ -160,7 +169,7 @@ _COST = (
         column
         for size in NOTIONALS
         for column in _pair(f"{{}}_impact_{size}_bps", "bps", "Cost of a {} of that value beyond mid",
-                            "plain", sides=("buy", "sell"), is_near=True)
+                            "plain", sides=("buy", "sell"), is_near=True, scaling="absolute")
     ),
     Feature("roll_60s_bps", "bps", False, "Spread from trade prices alone", "Roll 1984", 60),
 )  # fmt: skip
@@ -182,7 +191,7 @@ _DEPTH = (
     Feature("level_imbalance", "ratio", True, "Bid share of the levels", "plain"),
     *_pair("{}_queue", "ratio", "Size at the best {} / typical", "Cont 2014"),
     *_pair("{}_age_s", "s", "Since the best {} moved, 60 at most", "plain"),
-    *_pair("{}_resilience", "ratio", "Share of swept {} size that is back", "Foucault 2005", 60),
+    *_pair("{}_resilience", "ratio", "Share of swept {} size that is back", "Foucault 2005"),
     Feature("since_sweep_s", "s", False, "Since a sweep, 60 at most", "plain"),
 )  # fmt: skip
 _ORDERS = (
@@ -217,13 +226,15 @@ _INTENSITY = (
 _TOXICITY = (
     Feature("kyle_lambda_60s_bps", "bps", False, "Move for a typical level", "Kyle 1985", 60),
     Feature("amihud_60s_bps", "bps", False, "Move / traded typical level", "Amihud 2002", 60),
-    Feature("vpin", "ratio", False, "One-sidedness by volume bucket", "Easley 2012", 5),
-    Feature("bucket_s", "s", False, "Time the last bucket took, 300 at most", "Easley 2012", 5),
+    Feature("vpin", "ratio", False, "One-sidedness by volume bucket", "Easley 2012", 5,
+            scaling="near", settles_s=math.inf),
+    Feature("bucket_s", "s", False, "Time the last bucket took, 300 at most", "Easley 2012", 5,
+            scaling="near", settles_s=math.inf),
     Feature("aggressor_ratio_60s", "ratio", True, "Buyers' share of trades", "plain", 60),
     Feature("trade_size_60s", "ratio", False, "Mean trade / typical", "plain", 60),
     Feature("through_rate_20s", "1/s", False, "Trades beyond the best price", "plain", 20),
     Feature("through_flow_60s", "ratio", True, "Signed size beyond it / volume", "plain", 60),
-)
+)  # fmt: skip
 _VARIATION = (
     *(
         Feature(f"bipower_{w}s_bps", "bps", False, f"Volatility without jumps, per {w} s",
@@ -243,11 +254,11 @@ _VARIATION = (
 )  # fmt: skip
 _CANDLES = (
     Feature("parkinson_300s_bps", "bps", False, "From highs and lows", "Parkinson 1980", 300,
-            is_near=True),
+            is_near=True, is_bridging=True),
     Feature("garman_klass_300s_bps", "bps", False, "From whole candles", "Garman 1980", 300,
-            is_near=True),
+            is_near=True, is_bridging=True),
     Feature("corwin_schultz_300s_bps", "bps", False, "Spread from highs, lows", "Corwin 2012", 300,
-            is_near=True),
+            is_near=True, is_bridging=True),
 )  # fmt: skip
 _CLOCK = (
     Feature("day_sin", "ratio", False, "Time of day, UTC, sine", "plain"),
@@ -258,8 +269,9 @@ _CLOCK = (
     Feature("volume_burst", "ratio", False, "Volume, 5 s over 60 s", "plain", 60),
 )
 _MICROPRICE = (
-    Feature("stoikov_offset_bps", "bps", True, "Expected next mids, by table", "Stoikov 2018"),
-)
+    Feature("stoikov_offset_bps", "bps", True, "Expected next mids, by table", "Stoikov 2018",
+            is_bridging=True, settles_s=math.inf),
+)  # fmt: skip
 
 # %% ../../nbs/features/00_columns.ipynb #841f25fd
 DESK = {
