@@ -16,6 +16,7 @@ from . import tables
 from .causes import Cause
 from .clock import WallClock
 from .errors import DataError, nearest
+from .queue import TrainingQueue
 from .rows import Database, as_json, plain, row_for
 
 # %% ../../nbs/base/07_journal.ipynb #3783229d
@@ -274,8 +275,8 @@ class StateLog(FreezeLog):
             connection.execute(tables.EVENTS.insert(), row)
 
 # %% ../../nbs/base/07_journal.ipynb #4ef3c623
-class Journal(StateLog):
-    "The memory of the system: runs, decisions, orders, fills, positions, freezes, incidents"
+class Journal(StateLog, TrainingQueue):
+    "The memory of the system: runs, decisions, orders, fills, positions, freezes, incidents, queue"
 
     def _of_run(self, table: Table, run_id: str, *order) -> list[dict]:
         "Read the rows of a run in order"
