@@ -15,7 +15,9 @@ LAYERS = (
     "base market venue collector features labels training policy backtest trader learning ops"
 ).split()
 # What the trader may take from training: the registry's reader and the prediction, nothing that can train.
-TRADER_MAY_IMPORT = {"tradebook.training.registry", "tradebook.training.prediction"}
+TRADER_MAY_IMPORT = {
+    f"tradebook.training.{name}" for name in ("ledger", "registry", "forest", "prediction")
+}
 HEAVY = {
     "vectorbt",
     "numba",
