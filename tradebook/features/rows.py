@@ -15,7 +15,7 @@ import pandas as pd
 from ..base.errors import DataError
 from .desk import new_desk
 from .kernel import ROW, advance, join_formulas, new_state, run
-from .schema import FeatureSet, feature_set
+from .schema import FeatureSet, feature_set, need_source
 from ..market.book import BOOK_LOCKED, new_book
 from ..market.events import EVENT, message_starts
 from ..market.instruments import Instrument
@@ -108,6 +108,7 @@ def build_features(
 ) -> FeatureRows:  # One row a grid time, from the first event to the last
     "Compute the features of a recording"
     features = features or feature_set()
+    need_source(features, "events")
     _check(events, instrument)
     n = _n_rows(events, features) if len(events) else 0
     rows, x = np.zeros(n, ROW), np.empty((n, len(features)), features.dtype)
@@ -140,6 +141,7 @@ class FeatureStream:
         room: int = 64,  # Rows the buffer holds; more are taken in several steps
     ):
         self.instrument, self.feature_set = instrument, features or feature_set()
+        need_source(self.feature_set, "events")
         self.book, self.state = new_book(), new_state(self.feature_set)
         self.max_age_ms, self.promised = max_age_ms, 0
         self._more, shape = _more(self.feature_set, instrument), (room, len(self.feature_set))
