@@ -275,7 +275,7 @@ def _on_cluster(work, items, address) -> Iterator[tuple[int, tuple, int]]:
         room, todo = 2 * sum(client.nthreads().values()), iter(enumerate(items))
         send = lambda p, item: client.submit(attempt, work, item, pure=False)  # noqa: E731
         places = {send(p, item): p for p, item in _first(todo, room)}
-        running = distributed.as_completed(list(places))
+        running = distributed.as_completed(list(places), loop=client.loop)
         for future in running:
             place, failure = places.pop(future), future.exception()
             answer = future.result() if failure is None else None

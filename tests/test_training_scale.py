@@ -1,0 +1,218 @@
+"""Work spread over processes and over a real cluster: same answers, order kept, deaths named and survived."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tradebook
+from tradebook.base.errors import DataError, SettingsError
+from tradebook.training import scale
+from tradebook.training.scale import connect, run_each, values
+
+HERE = Path(__file__).resolve().parent
+
+
+def spread_of(seed, n=2_000):
+    "A few thousand numbers from a seed, and what a reader would compute of them"
+    drawn = np.random.default_rng(seed).normal(size=n)
+    return {"mean": float(drawn.mean()), "sorted": np.sort(drawn)}
+
+
+def refuse_odd(n):
+    "A work that refuses some items with an error of ours, and breaks on one"
+    if n == 7:
+        return [][n]
+    if n % 2:
+        raise DataError(f"day {n} is odd; give an even one")
+    return n * 10
+
+
+def die_once(folder, n):
+    "Kill the own process the first time that item 2 is tried"
+    mark = Path(folder) / f"tried-{n}"
+    if n == 2 and not mark.exists():
+        mark.write_text("")
+        os.kill(os.getpid(), signal.SIGKILL)
+    return n
+
+
+def wait_for(folder, n):
+    "Say who works on it, and stay long enough to be killed"
+    (Path(folder) / f"{n}-{os.getpid()}").write_text("")
+    time.sleep(0.4)
+    return n * n
+
+
+def same(a, b):
+    "Bit-equal, arrays too"
+    return a["mean"] == b["mean"] and a["sorted"].tobytes() == b["sorted"].tobytes()
+
+
+def test_processes_answer_bit_for_bit_like_this_process_and_keep_the_order():
+    seeds = list(range(7))
+    here, there = run_each(spread_of, seeds, workers=0), run_each(spread_of, seeds, workers=2)
+    assert [one.name for one in there] == [str(s) for s in seeds]
+    assert all(same(a, b) for a, b in zip(values(here), values(there), strict=True))
+    assert all(one.cpu_s >= 0 and one.peak_mb > 1 for one in there)
+
+
+def test_bad_items_are_named_and_the_others_go_on():
+    done = run_each(refuse_odd, list(range(9)), [f"day {n}" for n in range(9)], workers=2)
+    assert [one.value for one in done] == [0, None, 20, None, 40, None, 60, None, 80]
+    assert done[3].error == "DataError: day 3 is odd; give an even one"
+    assert done[7].error.startswith("IndexError") and "test_training_scale.py:" in done[7].error
+    with pytest.raises(DataError, match="4 of 9 items failed: day 1: DataError"):
+        values(done)
+
+
+def test_a_killed_worker_costs_one_attempt(tmp_path):
+    done = run_each(partial(die_once, str(tmp_path)), [0, 1, 2, 3, 4, 5], workers=2)
+    assert values(done) == [0, 1, 2, 3, 4, 5]
+    assert [one.attempts for one in done] == [1, 1, 2, 1, 1, 1]
+
+
+def test_with_one_attempt_a_killed_worker_is_named(tmp_path):
+    done = run_each(partial(die_once, str(tmp_path)), [1, 2, 3], workers=1, attempts=1)
+    assert [one.value for one in done] == [1, None, 3]
+    assert "signal 9, 1 times" in done[1].error
+
+
+def test_things_that_cannot_travel_are_named():
+    with pytest.raises(SettingsError, match="function at the top of a module"):
+        run_each(lambda n: n, [1, 2], workers=2)
+    done = run_each(str, [1, lambda: 0, 3], ["a", "b", "c"], workers=2)
+    assert [one.is_ok for one in done] == [True, False, True]
+    assert "the item cannot be sent" in done[1].error
+    done = run_each(eval, ["lambda: 0", "5"], workers=2)
+    assert "the result cannot be sent" in done[0].error and done[1].value == 5
+    assert not run_each(str, [lambda: 0], ["all of them"], workers=1)[0].is_ok
+
+
+def test_no_process_is_left_behind():
+    import multiprocessing
+
+    stream = scale._on_processes(time.sleep, [0, 60, 60], 3, 2, None)
+    assert next(stream)[0] == 0
+    stream.close()
+    assert not multiprocessing.active_children()
+
+
+def test_progress_counts_every_item_once():
+    seen = []
+    run_each(refuse_odd, list(range(8)), workers=2, progress=lambda *a: seen.append(a))
+    assert [done for done, _, _ in seen] == list(range(1, 9))
+    assert {name for _, _, name in seen} == {str(n) for n in range(8)}
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 12), max_size=30))
+def test_every_item_has_its_own_outcome(items):
+    done = run_each(refuse_odd, items, workers=0)
+    assert len(done) == len(items)
+    for one, n in zip(done, items, strict=True):
+        assert one.is_ok == (n % 2 == 0)
+        assert one.value == (n * 10 if one.is_ok else None)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    "A scheduler and two worker processes, on the loopback only, without a dashboard"
+    pytest.importorskip("distributed")
+    folder = tmp_path_factory.mktemp("cluster")
+    env = {**os.environ, "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}", "OMP_NUM_THREADS": "1"}
+    env["DASK_DISTRIBUTED__WORKER__DAEMON"] = "False"
+    logs, processes = open(folder / "log", "w"), []
+
+    def start(*command):
+        full = [sys.executable, "-m", "distributed.cli." + command[0], *command[1:]]
+        processes.append(subprocess.Popen(full, cwd=folder, env=env, stdout=logs, stderr=logs))
+
+    place = folder / "scheduler.json"
+    shared = ["--no-dashboard", "--host", "127.0.0.1"]
+    start("dask_scheduler", *shared, "--port", "0", "--scheduler-file", str(place), "--no-show")
+    until(place.exists)
+    until(lambda: place.read_text().strip().endswith("}"))
+    address = json.loads(place.read_text())["address"]
+    for _ in range(2):
+        options = ["--nthreads", "1", "--no-nanny", "--local-directory", str(folder)]
+        start("dask_worker", address, *shared, *options)
+    yield address, processes[1:]
+    for process in processes:
+        process.kill()
+        process.wait()
+    logs.close()
+
+
+def until(is_so, wait_s=40):
+    "Wait for something that will come"
+    end = time.monotonic() + wait_s
+    while not is_so():
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.05)
+
+
+def ready(address, n):
+    "Wait until n workers are there"
+
+    def is_there():
+        try:
+            with connect(address) as client:
+                return len(client.nthreads()) >= n
+        except SettingsError:
+            return False
+
+    until(is_there)
+
+
+def test_a_cluster_answers_bit_for_bit_like_this_process(cluster):
+    address, _ = cluster
+    ready(address, 1)
+    seeds = list(range(20))
+    here, there = run_each(spread_of, seeds, workers=0), run_each(spread_of, seeds, dask=address)
+    assert all(same(a, b) for a, b in zip(values(here), values(there), strict=True))
+    done = run_each(refuse_odd, list(range(9)), dask=address)
+    assert [one.value for one in done] == [0, None, 20, None, 40, None, 60, None, 80]
+    assert done[3].error == "DataError: day 3 is odd; give an even one"
+
+
+def test_a_cluster_of_other_versions_is_refused(cluster, monkeypatch):
+    address, _ = cluster
+    ready(address, 1)
+    monkeypatch.setattr(tradebook, "__version__", "another")
+    with pytest.raises(SettingsError, match="would compute with other versions"):
+        connect(address)
+
+
+def test_no_scheduler_and_no_address_are_named():
+    pytest.importorskip("distributed")
+    with pytest.raises(SettingsError, match="no scheduler answered within"):
+        connect("tcp://127.0.0.1:9", wait_s=1)
+    with pytest.raises(SettingsError, match="must be the address of a scheduler"):
+        run_each(str, [1], dask="cluster")
+
+
+def test_a_worker_killed_in_the_middle_costs_nothing_but_time(cluster, tmp_path):
+    address, workers = cluster
+    ready(address, 2)
+    victim, killed = workers[0], []
+
+    def kill_one(done, total, name):
+        if done == 2:
+            victim.send_signal(signal.SIGKILL)
+            killed.append(name)
+
+    done = run_each(partial(wait_for, str(tmp_path)), range(12), dask=address, progress=kill_one)
+    assert killed and victim.wait(10) == -9
+    assert values(done) == [n * n for n in range(12)]
+    tried = [int(path.name.split("-")[0]) for path in tmp_path.iterdir()]
+    assert len(tried) > len(set(tried)), "nothing was running on the worker that was killed"
