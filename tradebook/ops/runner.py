@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RESULT_MIME', 'templates', 'find_template', 'read_parameters', 'check_parameters', 'keep', 'kept', 'ReportResult',
-           'new_folder', 'versions', 'run_report']
+           'new_folder', 'versions', 'conclude', 'run_report']
 
 # %% ../../nbs/ops/02_runner.ipynb #6313e5e4
 import ast
@@ -150,8 +150,8 @@ def _environment(values: dict[str, str]):
             os.environ.pop(k, None) if v is None else os.environ.update({k: v})
 
 # %% ../../nbs/ops/02_runner.ipynb #d28e0c04
-def _execute(template: Path, out: Path, parameters: dict, cwd: Path, timeout_s: float) -> str:
-    "Run a notebook; its error as text, or '' when all went well"
+def _execute(template: Path, out: Path, parameters: dict, cwd: Path, timeout_s: float) -> dict:
+    "Run a notebook; how it ended: code, kind (the exception's name) and error"
     import papermill
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
     from papermill.exceptions import PapermillExecutionError
@@ -170,12 +170,15 @@ def _execute(template: Path, out: Path, parameters: dict, cwd: Path, timeout_s: 
                 **quiet,
             )
     except PapermillExecutionError as error:
-        return f"{error.ename}: {error.evalue} (cell {error.cell_index})"
+        text = f"{error.ename}: {error.evalue} (cell {error.cell_index})"
+        return {"code": "cell_failed", "kind": str(error.ename), "error": text}
     except CellTimeoutError:
-        return f"a cell took more than {timeout_s:g} s and was stopped"
+        text = f"a cell took more than {timeout_s:g} s and was stopped"
+        return {"code": "cell_timeout", "kind": "CellTimeoutError", "error": text}
     except DeadKernelError:
-        return "the kernel died, often for want of memory"
-    return ""
+        text = "the kernel died, often for want of memory"
+        return {"code": "kernel_died", "kind": "DeadKernelError", "error": text}
+    return {"code": "ok", "kind": "", "error": ""}
 
 # %% ../../nbs/ops/02_runner.ipynb #c4434814
 @dataclass(frozen=True)
@@ -222,6 +225,24 @@ def _finish(path: Path) -> nbformat.NotebookNode:
     return notebook
 
 # %% ../../nbs/ops/02_runner.ipynb #0762630e
+def conclude(
+    folder: Path,  # Where a report ran, wholly or in part
+    facts: dict[str, Any],  # What is known about it; at least "error", empty when all went well
+) -> dict:  # What result.json now holds
+    "Make the page and result.json of a report from what lies in its folder"
+    executed, values = folder / "report.ipynb", {}
+    try:
+        values = kept(_finish(executed))
+        write_html(executed, folder / "report.html")
+    except FileNotFoundError:
+        pass  # it never began
+    except (ValueError, nbformat.reader.NotJSONError):
+        facts = {**facts, "error": f"{facts['error']}; the notebook was cut while it was written"}
+    result = {"ok": not facts["error"], **facts, "versions": versions(), "values": values}
+    (folder / "result.json").write_text(json.dumps(result, indent=1, default=str) + "\n")
+    return result
+
+# %% ../../nbs/ops/02_runner.ipynb #a3884e52
 def run_report(
     name: str,  # Report name, or the path of a notebook
     parameters: dict[str, Any] | None = None,  # Name to value; the template's defaults otherwise
@@ -236,21 +257,10 @@ def run_report(
     folder = Path(out) if out else new_folder(settings.path("runs"), template.stem)
     folder.mkdir(parents=True, exist_ok=True)
     folder, started = folder.resolve(), time.perf_counter()
-    executed = folder / "report.ipynb"
-    error = _execute(template, executed, parameters, find_root(), timeout_s)
-    values = kept(_finish(executed)) if executed.exists() else {}
-    page = write_html(executed, folder / "report.html") if executed.exists() else executed
-    result = {
-        "report": template.stem,
-        "ok": not error,
-        "error": error,
-        "seconds": round(time.perf_counter() - started, 3),
-        "parameters": parameters,
-        "settings_hash": settings.hash,
-        "versions": versions(),
-        "values": values,
-    }
-    (folder / "result.json").write_text(json.dumps(result, indent=1, default=str) + "\n")
-    if error:
+    end = _execute(template, folder / "report.ipynb", parameters, find_root(), timeout_s)
+    facts = {"report": template.stem, "parameters": parameters, "settings_hash": settings.hash}
+    seconds = round(time.perf_counter() - started, 3)
+    result = conclude(folder, {**facts, **end, "seconds": seconds})
+    if error := end["error"]:
         raise ReportError(f"report {template.stem} failed: {error}; what it made so far: {folder}")
-    return ReportResult(folder, page, result, True)
+    return ReportResult(folder, folder / "report.html", result, True)
