@@ -16,7 +16,7 @@ from tradebook.base.errors import ModelError
 from tradebook.training.model import fit_direction
 from tradebook.training.prediction import Predictor
 from tradebook.training.publish import promote, publish, write_version
-from tradebook.training.registry import Registry, facts_digest, symbol_key
+from tradebook.training.registry import Registry, facts_digest, facts_text, symbol_key
 
 KEY = symbol_key("synthetic", "SYN/USDT:USDT")
 CREATED_NS = 1_767_700_800_000_000_000
@@ -104,7 +104,7 @@ def test_a_new_digest_over_edited_facts_does_not_fool_the_marker(published, tmp_
     registry, version = published
     facts = {**version.facts, "move_slope_bps": 999.0}
     facts["digest"] = facts_digest(facts)
-    (tmp_path / KEY / version.version / "model.json").write_text(json.dumps(facts))
+    (tmp_path / KEY / version.version / "model.json").write_text(facts_text(facts))
     with pytest.raises(ModelError, match="means another"):
         registry.current(KEY)
 
@@ -114,7 +114,7 @@ def test_a_version_is_never_written_twice(published, model, tmp_path):
     with pytest.raises(ModelError, match="never overwritten"):
         publish(model, tmp_path, KEY, CREATED_NS)
     with pytest.raises(ModelError, match="never overwritten"):
-        write_version(tmp_path, version.facts, "something else")
+        write_version(tmp_path, version.facts, {"model.txt": "something else"})
 
 
 def test_versions_sort_by_time_and_the_marker_can_go_back(model, tmp_path):
