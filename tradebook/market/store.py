@@ -11,6 +11,7 @@ __all__ = ['DAY_NS', 'GROUP_ROWS', 'Part', 'rows_hash', 'holes_of', 'folder_name
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -336,6 +337,30 @@ def read(
         filled += len(rows)
     first, last = np.searchsorted(out["ts_recv"], [low, high])
     return out[first:last]
+
+# %% ../../nbs/market/04_store.ipynb #8ed585a9
+@patch
+def groups(
+    self: Store,
+    venue: str,  # Name of the venue
+    symbol: str,  # Unified symbol
+    start_ns: int,  # First ts_recv wanted, ns UTC
+    stop_ns: int,  # First ts_recv not wanted, ns UTC
+) -> Iterator[np.ndarray]:  # Rows of EVENT, at most GROUP_ROWS each; DataError for damaged parts
+    "Read events back piece by piece, and compare every part with its hash"
+    for part in self._chosen(venue, symbol, start_ns, stop_ns):
+        path, digest = self.day(venue, symbol, part.date) / part.file, hashlib.sha256()
+        with pq.ParquetFile(path) as file:
+            for group in range(file.num_row_groups):
+                table = file.read_row_group(group, columns=list(EVENT.names))
+                rows = np.empty(len(table), EVENT)
+                _weave(rows, *(table.column(name).to_numpy() for name in EVENT.names))
+                digest.update(rows.view(np.uint8))
+                first, last = np.searchsorted(rows["ts_recv"], [start_ns, stop_ns])
+                if first < last:
+                    yield rows[first:last]
+        if digest.hexdigest() != part.sha256:
+            raise DataError(f"{path}: rows differ from the manifest; import that day again")
 
 # %% ../../nbs/market/04_store.ipynb #51bec281
 @patch

@@ -79,11 +79,14 @@ def stored_quotes(
     symbol: str,  # Unified symbol
     start_ns: int | None = None,  # First ts_recv wanted, ns UTC; None is the beginning
     stop_ns: int | None = None,  # First ts_recv not wanted, ns UTC; None is the end
+    book: Book | None = None,  # As it stands at the start, changed; None: not known
+    carried: np.ndarray | None = None,  # What `replay_columns` carries on; None: nothing
 ) -> np.ndarray:  # Rows of QUOTE, one a message that changed the book
     "Replay stored events into best prices, a group of rows at a time"
     low = -(1 << 62) if start_ns is None else start_ns
     high = 1 << 62 if stop_ns is None else stop_ns
-    book, carried, found = new_book(), np.zeros(2, np.int64), []
+    book = new_book() if book is None else book
+    carried, found = np.zeros(2, np.int64) if carried is None else carried, []
     for part in store._chosen(venue, symbol, low, high):
         with pq.ParquetFile(store.day(venue, symbol, part.date) / part.file) as file:
             for group in range(file.num_row_groups):
