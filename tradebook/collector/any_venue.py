@@ -10,6 +10,7 @@ import asyncio
 from collections import Counter
 
 import numpy as np
+from fastcore.basics import patch
 
 from .clocks import ReceiveClock, VenueClock
 from .incidents import Incident
@@ -63,80 +64,92 @@ class CcxtFeed:
         "Begin to watch"
         self._task = asyncio.ensure_future(self._watch())
 
-    async def _watch(self):
-        "Watch until it is stopped; begin anew when it was told to"
-        from tradebook.venue.last_resort import ccxt_batches
+# %% ../../nbs/collector/12_any_venue.ipynb #4e66ce8e
+@patch
+async def _watch(self: CcxtFeed):
+    "Watch until it is stopped; begin anew when it was told to"
+    from tradebook.venue.last_resort import ccxt_batches
 
-        while not self.is_stopping:
-            self._round = asyncio.Event()
-            args = self.venue, self.instruments, self.urls, self._round
-            async for batch in ccxt_batches(*args, **self.settings):
-                self._take(batch)
-            while self.torn and not self.sink.has_room() and not self.is_stopping:
-                await asyncio.sleep(0.1)
-            self.torn = False
+    while not self.is_stopping:
+        self._round = asyncio.Event()
+        args = self.venue, self.instruments, self.urls, self._round
+        async for batch in ccxt_batches(*args, **self.settings):
+            self._take(batch)
+        while self.torn and not self.sink.has_room() and not self.is_stopping:
+            await asyncio.sleep(0.1)
+        self.torn = False
 
-    def _take(self, batch):
-        "Hand one batch on"
-        for one in batch.told:
-            if one.code in _CODES:
-                self.incident(batch.symbol, one.code, one.detail)
-            elif one.code:
-                self.tallies[batch.symbol][one.code] += 1
-        rows = batch.events
-        if not len(rows):
-            return
-        rows["ts_recv"] = now = self.clock.now_ns()
-        self.last[batch.symbol] = ""
-        stream = int((rows["kind"] == KIND_TRADE).all())
-        of = (
-            np.array([x], np.int64)
-            for x in (self.vitals.index[batch.symbol], stream, rows["ts_event"][-1], now)
-        )
-        feel(self.vitals.pulses, *of)
-        self.vitals.take(batch.symbol, rows)
-        if not self.sink.events(batch.symbol, rows) and not self.torn:
-            self.torn = True
-            self.shake(Incident.BACKPRESSURE, "rows did not fit into the recorder's queue")
 
-    def shake(self, code: str, words: str):
-        "Begin everything anew"
-        self.tell_all(code, words)
-        self._round.set()
+@patch
+def _take(self: CcxtFeed, batch):
+    "Hand one batch on"
+    for one in batch.told:
+        if one.code in _CODES:
+            self.incident(batch.symbol, one.code, one.detail)
+        elif one.code:
+            self.tallies[batch.symbol][one.code] += 1
+    rows = batch.events
+    if not len(rows):
+        return
+    rows["ts_recv"] = now = self.clock.now_ns()
+    self.last[batch.symbol] = ""
+    stream = int((rows["kind"] == KIND_TRADE).all())
+    of = (
+        np.array([x], np.int64)
+        for x in (self.vitals.index[batch.symbol], stream, rows["ts_event"][-1], now)
+    )
+    feel(self.vitals.pulses, *of)
+    self.vitals.take(batch.symbol, rows)
+    if not self.sink.events(batch.symbol, rows) and not self.torn:
+        self.torn = True
+        self.shake(Incident.BACKPRESSURE, "rows did not fit into the recorder's queue")
 
-    def tick(self):
-        "Note when every book has come; ccxt's own watches have their bounds"
-        if all(self.state(symbol) == "live" for symbol in self.instruments):
-            self.ready.set()
+# %% ../../nbs/collector/12_any_venue.ipynb #6975565f
+@patch
+def shake(self: CcxtFeed, code: str, words: str):
+    "Begin everything anew"
+    self.tell_all(code, words)
+    self._round.set()
 
-    def state(self, symbol: str) -> str:
-        "Say where a symbol stands; 'live' only when a book came"
-        if said := self.last.get(symbol):
-            return said
-        return (
-            "live" if self.vitals.pulses[self.vitals.index[symbol], 0]["n"] else "waiting for book"
-        )
 
-    def status(self) -> dict:
-        "Everything worth knowing, in the form of a feed's status"
-        now, rows = self.clock.now_ns(), {}
-        for symbol, i in self.vitals.index.items():
-            one, pulses, of = self.vitals.states[i], self.vitals.pulses[i], self.instruments[symbol]
-            age = (now - int(pulses[0]["last_ns"])) / 1e9 if pulses[0]["last_ns"] else None
-            ticks = {k: int(one[f"{k}_ticks"]) for k in ("bid", "ask")}
-            best = {k: float(of.price(t)) if t > 0 else None for k, t in ticks.items()}
-            counts = {"n_messages": {"book": int(pulses[0]["n"]), "trade": int(pulses[1]["n"])}}
-            counts |= {n: int(one[k]) for n, k in _NUMBERS.items()}
-            rows[symbol] = {"state": self.state(symbol), "why": "", "book_age_s": age, **counts, **best,
-                            "counts": dict(self.tallies[symbol])}  # fmt: skip
-        return {"feed": self.name, "is_ready": self.ready.is_set(), "symbols": rows, "sockets": [], "rest_wait_s": 0.0,
-                "queue_bytes": 0, "n_frames_dropped": 0, **self.venue_clock.stats(), "n_negative_latency": 0,
-                "counts": {}, "note": "no continuity is guaranteed"}  # fmt: skip
+@patch
+def tick(self: CcxtFeed):
+    "Note when every book has come; ccxt's own watches have their bounds"
+    if all(self.state(symbol) == "live" for symbol in self.instruments):
+        self.ready.set()
 
-    async def stop(self, bound_s: float = 8.0):
-        "End everything; never takes longer than the bound"
-        self.is_stopping = True
-        self._round.set()
-        if self._task is not None:
-            await asyncio.wait({self._task}, timeout=bound_s)
-            self._task.cancel()
+
+@patch
+def state(self: CcxtFeed, symbol: str) -> str:
+    "Say where a symbol stands; 'live' only when a book came"
+    if said := self.last.get(symbol):
+        return said
+    return "live" if self.vitals.pulses[self.vitals.index[symbol], 0]["n"] else "waiting for book"
+
+
+@patch
+def status(self: CcxtFeed) -> dict:
+    "Everything worth knowing, in the form of a feed's status"
+    now, rows = self.clock.now_ns(), {}
+    for symbol, i in self.vitals.index.items():
+        one, pulses, of = self.vitals.states[i], self.vitals.pulses[i], self.instruments[symbol]
+        age = (now - int(pulses[0]["last_ns"])) / 1e9 if pulses[0]["last_ns"] else None
+        ticks = {k: int(one[f"{k}_ticks"]) for k in ("bid", "ask")}
+        best = {k: float(of.price(t)) if t > 0 else None for k, t in ticks.items()}
+        counts = {"n_messages": {"book": int(pulses[0]["n"]), "trade": int(pulses[1]["n"])}}
+        counts |= {n: int(one[k]) for n, k in _NUMBERS.items()}
+        rows[symbol] = {"state": self.state(symbol), "why": "", "book_age_s": age, **counts, **best,
+                        "counts": dict(self.tallies[symbol])}  # fmt: skip
+    return {"feed": self.name, "is_ready": self.ready.is_set(), "symbols": rows, "sockets": [], "rest_wait_s": 0.0,
+            "queue_bytes": 0, "n_frames_dropped": 0, **self.venue_clock.stats(), "n_negative_latency": 0,
+            "counts": {}, "note": "no continuity is guaranteed"}  # fmt: skip
+
+
+@patch
+async def stop(self: CcxtFeed, bound_s: float = 8.0):
+    "End everything; never takes longer than the bound"
+    self.is_stopping = True
+    self._round.set()
+    if self._task is not None:
+        await asyncio.wait({self._task}, timeout=bound_s)
+        self._task.cancel()

@@ -67,7 +67,7 @@ async def _keep(self: Feed, shard: Shard):
         if shard.symbols and not self.is_stopping:
             await asyncio.sleep(shard.backoff.next_s(end.retry_after_s))
 
-
+# %% ../../nbs/collector/09_feed.ipynb #c5e2b421
 @patch
 async def _address(self: Feed) -> str:
     "The socket's address; some venues give it out only on request"
@@ -149,7 +149,7 @@ def _is_socket_silent(self: Feed, finding) -> bool:
     socket = self.shard_of(self.vitals.symbols[finding.symbol]).socket
     return socket is not None and socket.last_ns <= spoke_ns + NS_PER_S // 2
 
-
+# %% ../../nbs/collector/09_feed.ipynb #e37afb1b
 @patch
 def _act(self: Feed, symbol, code, words, now):
     "Take the next step for a symbol"
@@ -196,7 +196,7 @@ def state(self: Feed, symbol: str) -> str:
         return "no book"
     return "live"
 
-
+# %% ../../nbs/collector/09_feed.ipynb #7b3e9803
 @patch
 def status(self: Feed) -> dict:
     "Everything worth knowing, as plain values"
@@ -225,7 +225,7 @@ def status(self: Feed) -> dict:
             "rest_wait_s": round(self.door.wait_s, 2), **waits, **self.venue_clock.stats(),
             "n_negative_latency": self.venue_clock.n_negative, "counts": dict(self.counts)}  # fmt: skip
 
-
+# %% ../../nbs/collector/09_feed.ipynb #a2fb1d98
 @patch
 def start(self: Feed):
     "Begin to open sockets"

@@ -45,7 +45,7 @@ class Shard:
             if self.socket is not None:
                 self.socket.send(frame)
 
-
+# %% ../../nbs/collector/08_intake.ipynb #d44de285
 class Intake:
     "The market data of one venue, as events"
 
@@ -242,7 +242,7 @@ def resync(self: Intake, symbol: str):
         self._fetching.add(symbol)
         self._spawn(self._fetch(symbol))
 
-
+# %% ../../nbs/collector/08_intake.ipynb #4017a831
 @patch
 async def _fetch(self: Intake, symbol):
     "Fetch a book over REST until there is one"

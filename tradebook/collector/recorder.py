@@ -109,36 +109,47 @@ class Recorder:
         "Begin to write"
         self._thread.start()
 
-    def events(self, symbol: str, rows: np.ndarray) -> bool:
-        "Take rows of a symbol; False when they were dropped"
-        if getattr(rows.base, "nbytes", 0) > 2 * rows.nbytes:
-            rows = rows.copy()  # a small view would keep the whole batch in memory while it waits
-        if not self.blocked and self.queue.put(("rows", symbol, rows), rows.nbytes):
-            return True
-        self.counts["n_events_dropped"] += len(rows)
-        self.queue.put(("tear", symbol))
-        return False
+# %% ../../nbs/collector/21_recorder.ipynb #cb850e69
+@patch
+def events(self: Recorder, symbol: str, rows: np.ndarray) -> bool:
+    "Take rows of a symbol; False when they were dropped"
+    if getattr(rows.base, "nbytes", 0) > 2 * rows.nbytes:
+        rows = rows.copy()  # a small view would keep the whole batch in memory while it waits
+    if not self.blocked and self.queue.put(("rows", symbol, rows), rows.nbytes):
+        return True
+    self.counts["n_events_dropped"] += len(rows)
+    code = self.blocked or str(Incident.BACKPRESSURE)
+    self.queue.put(("tear", symbol, int(rows["ts_recv"][0]), code, f"{len(rows)} rows dropped"))
+    return False
 
-    def raw(self, frames: list[bytes], times: list[int]):
-        "Take frames; dropped frames are counted"
-        if self.raw_folder is not None:
-            size = sum(map(len, frames))
-            if self.blocked or not self.queue.put(("raw", frames, times), size):
-                self.counts["n_frames_dropped"] += len(frames)
 
-    def candles(self, symbol: str, candles: tuple, ts_recv: int):
-        "Take the venue's candles; one that may still change is worth nothing yet"
-        if closed := [c for c in candles if c.is_closed]:
-            self.queue.put(("candles", symbol, closed, ts_recv))
+@patch
+def raw(self: Recorder, frames: list[bytes], times: list[int]):
+    "Take frames; dropped frames are counted"
+    if self.raw_folder is not None:
+        size = sum(map(len, frames))
+        if self.blocked or not self.queue.put(("raw", frames, times), size):
+            self.counts["n_frames_dropped"] += len(frames)
 
-    def incident(self, symbol: str, ts_ns: int, code: str, words: str):
-        "Take a cause"
-        self.counts[code] += 1
-        self.queue.put(("cause", symbol, ts_ns, code, words))
 
-    def has_room(self) -> bool:
-        "Tell whether recording keeps up again"
-        return not self.blocked and self.queue.is_calm
+@patch
+def candles(self: Recorder, symbol: str, candles: tuple, ts_recv: int):
+    "Take the venue's candles; one that may still change is worth nothing yet"
+    if closed := [c for c in candles if c.is_closed]:
+        self.queue.put(("candles", symbol, closed, ts_recv))
+
+
+@patch
+def incident(self: Recorder, symbol: str, ts_ns: int, code: str, words: str):
+    "Take a cause"
+    self.counts[code] += 1
+    self.queue.put(("cause", symbol, ts_ns, code, words))
+
+
+@patch
+def has_room(self: Recorder) -> bool:
+    "Tell whether recording keeps up again"
+    return not self.blocked and self.queue.is_calm
 
 # %% ../../nbs/collector/21_recorder.ipynb #701dbcd2
 @patch
@@ -167,14 +178,13 @@ def _write_all(self: Recorder, items):
             self._write(symbol, waiting.pop(symbol, []))
             if what == "tear":
                 self.collectors[symbol].tear()
-            else:
-                self.logs[symbol].note(*values[1:])
+            self.logs[symbol].note(*values[1:])
     for symbol, parts in waiting.items():
         self._write(symbol, parts)
     if time.monotonic() - self._candles_at > 60 or self._is_closing:
         self._guard((), self._write_candles)
 
-
+# %% ../../nbs/collector/21_recorder.ipynb #37743e09
 @patch
 def _write_candles(self: Recorder):
     "Put finished candles into the store, by length"
@@ -207,7 +217,7 @@ def _write(self: Recorder, symbol, parts):
         self._n_segments[symbol] = collector.counts["n_segments"]
         self._compactor.submit(self._compact, symbol)
 
-
+# %% ../../nbs/collector/21_recorder.ipynb #430b630b
 @patch
 def _write_raw(self: Recorder, frames, times):
     "Write frames to the file of their hour"
@@ -273,7 +283,7 @@ def _look_at_disk(self: Recorder):
     elif self.blocked and free > self.min_free_bytes * 1.1:
         self.blocked = ""
 
-
+# %% ../../nbs/collector/21_recorder.ipynb #22603a1c
 @patch
 def _compact(self: Recorder, symbol):
     "Move finished segments into the store; beside the writing thread"

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import orjson
+from fastcore.basics import patch
 
 from ..base.clock import NS_PER_S
 from ..base.errors import DataError, VenueError
@@ -54,7 +55,7 @@ def is_through_ccxt(
     "Tell whether a venue is recorded through ccxt"
     return venue not in VENUES and all(spec.venue != venue for spec in VENUES.values())
 
-
+# %% ../../nbs/collector/23_session.ipynb #4c05b04e
 class Session:
     "Feeds and recorders of one venue"
 
@@ -104,27 +105,31 @@ class Session:
         head |= {"is_ready": all(f["is_ready"] for f in feeds)}
         return self.rates.add({**head, "feeds": feeds, "recorders": recorders})
 
-    def publish(self) -> dict:
-        "Make a status and leave it beside the data"
-        self.latest = self.status()
-        path = self.root / "collector" / f"{self.venue}.json"
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(".tmp")
-            temporary.write_bytes(orjson.dumps(self.latest))
-            temporary.replace(path)
-        except OSError:
-            pass  # a full disk is in the status already; whoever reads the file sees its age
-        return self.latest
+# %% ../../nbs/collector/23_session.ipynb #0e2366a4
+@patch
+def publish(self: Session) -> dict:
+    "Make a status and leave it beside the data"
+    self.latest = self.status()
+    path = self.root / "collector" / f"{self.venue}.json"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_bytes(orjson.dumps(self.latest))
+        temporary.replace(path)
+    except OSError:
+        pass  # a full disk is in the status already; whoever reads the file sees its age
+    return self.latest
 
-    def look_at_clocks(self):
-        "Begin anew when time was not what it seemed"
-        for event in self.clock.check():
-            for feed in self.feeds:
-                if event.code == "STALLED":
-                    feed.tell_all(event.code, event.words)
-                else:
-                    feed.shake(event.code, event.words)
+
+@patch
+def look_at_clocks(self: Session):
+    "Begin anew when time was not what it seemed"
+    for event in self.clock.check():
+        for feed in self.feeds:
+            if event.code == "STALLED":
+                feed.tell_all(event.code, event.words)
+            else:
+                feed.shake(event.code, event.words)
 
 # %% ../../nbs/collector/23_session.ipynb #2058ec8e
 async def run_session(
@@ -169,7 +174,7 @@ async def run_session(
         )
     return account
 
-
+# %% ../../nbs/collector/23_session.ipynb #aaaaa7b3
 async def _end(session, seconds, is_compacted) -> dict:
     "Stop everything and give the account"
     status = session.publish()

@@ -11,6 +11,8 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
+from fastcore.basics import patch
+
 from .patience import retry_after_s
 
 # %% ../../nbs/collector/06_sockets.ipynb #e6544876
@@ -104,7 +106,7 @@ def _listener_class() -> type:
 
     return Listener
 
-
+# %% ../../nbs/collector/06_sockets.ipynb #63639359
 class Socket:
     "One websocket"
 
@@ -140,47 +142,51 @@ class Socket:
         "End it without waiting for the other side"
         self.finish(code, words)
 
-    async def live(
-        self,
-        on_open: Callable[[], None],  # Called once it is open
-        connect_s: float = 10.0,  # Bound on the opening, seconds
-    ) -> SocketEnd:  # How it ended; never raises
-        "Open it and stay until its end"
-        from picows import ws_connect
+# %% ../../nbs/collector/06_sockets.ipynb #9edf9c07
+@patch
+async def live(
+    self: Socket,
+    on_open: Callable[[], None],  # Called once it is open
+    connect_s: float = 10.0,  # Bound on the opening, seconds
+) -> SocketEnd:  # How it ended; never raises
+    "Open it and stay until its end"
+    from picows import ws_connect
 
-        try:
-            make = functools.partial(_listener_class(), self)
-            opening = ws_connect(make, self.url, websocket_handshake_timeout=connect_s)
-            self.transport, _ = await asyncio.wait_for(opening, connect_s)
-        except Exception as error:
-            return self.end or refusal(error)
-        self.last_ns = self.clock.now_ns()
-        keeper = asyncio.ensure_future(self._keep_alive())
-        try:
-            on_open()
-            await self._over.wait()
-        finally:
-            keeper.cancel()
-            self.transport.underlying_transport.abort()
-        return self.end
+    try:
+        make = functools.partial(_listener_class(), self)
+        opening = ws_connect(make, self.url, websocket_handshake_timeout=connect_s)
+        self.transport, _ = await asyncio.wait_for(opening, connect_s)
+    except Exception as error:
+        return self.end or refusal(error)
+    self.last_ns = self.clock.now_ns()
+    keeper = asyncio.ensure_future(self._keep_alive())
+    try:
+        on_open()
+        await self._over.wait()
+    finally:
+        keeper.cancel()
+        self.transport.underlying_transport.abort()
+    return self.end
 
-    async def _keep_alive(self):
-        "Ask for signs of life, and end the socket when there are none"
-        import picows
 
-        probe_s, answer_s = min(2.0, self.idle_s / 3), min(5.0, self.idle_s / 2)
-        greeted, probed = self.clock.now_ns(), self.clock.now_ns()
-        self.transport.send_ping()
-        while True:
-            await asyncio.sleep(min(self.idle_s / 10, 0.5))
-            now = self.clock.now_ns()
-            idle_s, asked_s = (now - self.last_ns) / 1e9, (now - probed) / 1e9
-            is_unanswered = probed > self.last_ns and self.has_answered and asked_s > answer_s
-            if is_unanswered or idle_s > self.idle_s:
-                return self.finish("WS_HALF_OPEN", f"no frame for {idle_s:.1f} s, not even a pong")
-            if idle_s > probe_s and probed <= self.last_ns:
-                probed = now
-                self.transport.send_ping()
-            if self.ping and now - greeted > self.ping_s * 1e9:
-                greeted = now
-                self.transport.send(picows.WSMsgType.TEXT, self.ping.encode())
+@patch
+async def _keep_alive(self: Socket):
+    "Ask for signs of life, and end the socket when there are none"
+    import picows
+
+    probe_s, answer_s = min(2.0, self.idle_s / 3), min(5.0, self.idle_s / 2)
+    greeted, probed = self.clock.now_ns(), self.clock.now_ns()
+    self.transport.send_ping()
+    while True:
+        await asyncio.sleep(min(self.idle_s / 10, 0.5))
+        now = self.clock.now_ns()
+        idle_s, asked_s = (now - self.last_ns) / 1e9, (now - probed) / 1e9
+        is_unanswered = probed > self.last_ns and self.has_answered and asked_s > answer_s
+        if is_unanswered or idle_s > self.idle_s:
+            return self.finish("WS_HALF_OPEN", f"no frame for {idle_s:.1f} s, not even a pong")
+        if idle_s > probe_s and probed <= self.last_ns:
+            probed = now
+            self.transport.send_ping()
+        if self.ping and now - greeted > self.ping_s * 1e9:
+            greeted = now
+            self.transport.send(picows.WSMsgType.TEXT, self.ping.encode())

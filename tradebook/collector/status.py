@@ -153,7 +153,7 @@ def metrics(
         ]  # fmt: skip
     return found
 
-
+# %% ../../nbs/collector/22_status.ipynb #262436fc
 def metrics_text(
     status: dict,  # Of a session, with rates
 ) -> bytes:  # Prometheus' text form

@@ -101,7 +101,7 @@ def collect(
     account |= {"notes": list(loaded.notes), "data": str(place)}
     return Answer(account, account_text(account))
 
-
+# %% ../../nbs/ops/21_verbs_collect.ipynb #7c346783
 def account_text(
     account: dict,  # As from `run_session`
 ) -> str:  # A line for each symbol
