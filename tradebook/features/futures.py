@@ -100,19 +100,20 @@ def other_future(
     return np.concatenate([events[:cut], FUTURES[kind](rows, book, rng) if len(rows) else rows])
 
 # %% ../../nbs/features/21_futures.ipynb #c7388bd8
-def _sample(rows, n_rows, rng):
-    "Consecutive rows at a random place in the later half, so that windows are filled"
-    n_rows = min(n_rows, len(rows))
-    low, high = min(len(rows) // 2, len(rows) - n_rows), len(rows) - n_rows
+def _sample(n, n_rows, rng):
+    "Consecutive rows at a random place in the later half, and scattered ones; in order"
+    n_rows = min(n_rows, n)
+    low, high = min(n // 2, n - n_rows), n - n_rows
     first = int(rng.integers(low, high + 1))
-    return range(first, first + n_rows)
+    scattered = rng.integers(0, n, n_rows // 2) if n else ()
+    return sorted({*range(first, first + n_rows), *map(int, scattered)})
 
 
 def probe_future(
     events: np.ndarray,  # Rows of EVENT, ordered by ts_recv
     instrument: Instrument,  # Whose they are
     features: FeatureSet | None = None,  # Columns and interval; None: the default set
-    n_rows: int = 30,  # Consecutive rows to take, at a random place
+    n_rows: int = 30,  # Consecutive rows to take; half as many scattered ones come on top
     seed: int = 0,  # Of the place and of the futures
     build: Callable[..., FeatureRows] = build_features,  # (events, instrument, features) -> rows
 ) -> Found:  # Findings name what changed when only the future did
@@ -120,7 +121,7 @@ def probe_future(
     features, rng = features or feature_set(), np.random.default_rng(seed)
     full, worst, n, n_values = build(events, instrument, features), {}, 0, 0
     book, done = new_book(), 0
-    for row in _sample(full, n_rows, rng):
+    for row in _sample(len(full), n_rows, rng):
         ts = int(full.rows["ts"][row])
         cut = int(np.searchsorted(events["ts_recv"], ts, side="right"))
         apply_events(book, events, done, cut)
