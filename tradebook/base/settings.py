@@ -178,6 +178,7 @@ class Values:
     features: sections.Features
     labels: sections.Labels
     training: sections.Training
+    retrain: sections.Retrain
     signal: sections.Signal
     gates: sections.Gates
     sizing: sections.Sizing
