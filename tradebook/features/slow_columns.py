@@ -53,9 +53,11 @@ def frame_columns(
 ) -> tuple[Feature, ...]:  # One column a row
     "Declare columns for bars of one length"
     seconds = parse_interval(frame) / 1e9
+    fading = ("ema", "dema", "tema", "macd", "rsi", "atr", "adx", "di")
     return tuple(
         SlowFeature(f"{name}x{frame}{'_bps' * (unit == 'bps')}", unit, is_signed,
-                    f"{text}, bars of {frame}", source, bars * seconds, "", unit == "bps")
+                    f"{text}, bars of {frame}", source, bars * seconds, "", unit == "bps",
+                    settles_s=bars * seconds * (20 if name.partition("_")[0] in fading else 1))
         for name, unit, is_signed, bars, text, source in rows
     )  # fmt: skip
 
@@ -95,23 +97,26 @@ def _lead(windows, unit_s, unit, window):
         (f"lead_share_{window}{unit}", "ratio", False, "Leader before (+), after (-)", window),
     ]
     return tuple(
-        SlowFeature(name, kind, signed, text, "Huth 2014", w * unit_s, "", kind == "bps")
+        SlowFeature(name, kind, signed, text, "Huth 2014", w * unit_s, "", kind == "bps",
+                    settles_s=w * unit_s)
         for name, kind, signed, text, w in names
-    )
+    )  # fmt: skip
 
 
 _BASIS = (
-    SlowFeature("basis_bps", "bps", True, "Own over spot", "definition", 0, "", True),
+    SlowFeature("basis_bps", "bps", True, "Own over spot", "definition", 0, "", True,
+                settles_s=0),
     SlowFeature("basis_change_60s_bps", "bps", True, "Its move", "definition", BASIS_CHANGE_S, "",
-                True),
+                True, settles_s=BASIS_CHANGE_S),
     SlowFeature("basis_score_300s", "ratio", True, "Its distance from its mean", "definition",
-                BASIS_SCORE_S, "", True),
+                BASIS_SCORE_S, "", True, settles_s=BASIS_SCORE_S),
 )  # fmt: skip
 _FUNDING = (
-    SlowFeature("funding_rate_bps", "bps", True, "Last rate known", "definition"),
-    SlowFeature("funding_day_bps", "bps", True, "Last three known", "definition", 57_600),
-    SlowFeature("to_funding_s", "s", False, "Time to the next payment", "definition"),
-)
+    SlowFeature("funding_rate_bps", "bps", True, "Last rate known", "definition", settles_s=0),
+    SlowFeature("funding_day_bps", "bps", True, "Last three known", "definition", 57_600,
+                settles_s=57_600),
+    SlowFeature("to_funding_s", "s", False, "Time to the next payment", "definition", settles_s=0),
+)  # fmt: skip
 
 # %% ../../nbs/features/30_slow_columns.ipynb #f9a53c28
 SLOW_FAMILIES = {
