@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FRAMES', 'RETURN_BARS', 'EMA_BARS', 'MULTIPLE_EMA_BARS', 'MACD_BARS', 'STRENGTH_BARS', 'BAND_BARS', 'BAND_WIDTH',
-           'N_TREND', 'EMD_BARS', 'EMD_WAVES', 'EMD_FRAME', 'EMD_PERIOD_BARS', 'CROSS_BEAT_MS', 'LEAD_S', 'LEAD_1H',
+           'N_TREND', 'EMD_BARS', 'EMD_WAVES', 'EMD_FRAME', 'EMD_TREND_BARS', 'CROSS_BEAT_MS', 'LEAD_S', 'LEAD_1H',
            'BASIS_CHANGE_S', 'BASIS_SCORE_S', 'SLOW_FAMILIES', 'SLOW_PARAMETERS', 'SlowFeature', 'frame_columns']
 
 # %% ../../nbs/features/30_slow_columns.ipynb #06e047cf
@@ -62,14 +62,14 @@ def frame_columns(
     )  # fmt: skip
 
 # %% ../../nbs/features/30_slow_columns.ipynb #0f754a58
-EMD_BARS, EMD_WAVES, EMD_FRAME, EMD_PERIOD_BARS = 128, 3, "1h", 32
+EMD_BARS, EMD_WAVES, EMD_FRAME, EMD_TREND_BARS = 128, 3, "1h", 16
 _HILBERT = (
     *(
         row
         for k in range(1, EMD_WAVES + 1)
         for row in (
             (f"wave_{k}", "bps", True, EMD_BARS, f"Wave {k} at the last bar", "Huang 1998"),
-            (f"wave_{k}_slope", "ratio", True, EMD_BARS, "Sine of its phase", "Huang 1998"),
+            (f"wave_{k}_slope", "ratio", True, EMD_BARS, "Rising (+1), falling (-1)", "Huang 1998"),
             (f"wave_{k}_share", "ratio", False, EMD_BARS, "Share of the power", "Huang 1998"),
             (f"wave_{k}_period", "bars", False, EMD_BARS, "Its period", "Huang 1998"),
         )
@@ -134,7 +134,7 @@ _TREND_PARAMETERS = {
 SLOW_PARAMETERS = {
     **{f"trend_{frame}": {"frame": frame, **_TREND_PARAMETERS} for frame in FRAMES},
     "hilbert": {"frame": EMD_FRAME, "bars": EMD_BARS, "waves": EMD_WAVES,
-                "period": EMD_PERIOD_BARS, "formulas": 1},
+                "trend": EMD_TREND_BARS, "formulas": 1},
     "lead": {**LEAD_S, "formulas": 1},
     "lead_1h": {**LEAD_1H, "formulas": 1},
     "basis": {"change_s": BASIS_CHANGE_S, "score_s": BASIS_SCORE_S, "formulas": 1},
