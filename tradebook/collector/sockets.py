@@ -175,12 +175,15 @@ async def _keep_alive(self: Socket):
     import picows
 
     probe_s, answer_s = min(2.0, self.idle_s / 3), min(5.0, self.idle_s / 2)
-    greeted, probed = self.clock.now_ns(), self.clock.now_ns()
+    nap_s = min(self.idle_s / 10, 0.5)
+    greeted = probed = woke = here = self.clock.now_ns()  # here: since when we were not away
     self.transport.send_ping()
     while True:
-        await asyncio.sleep(min(self.idle_s / 10, 0.5))
-        now = self.clock.now_ns()
-        idle_s, asked_s = (now - self.last_ns) / 1e9, (now - probed) / 1e9
+        await asyncio.sleep(nap_s)
+        woke, before = self.clock.now_ns(), woke
+        now, here = woke, woke if (woke - before) / 1e9 > nap_s + 0.5 else here
+        heard = max(self.last_ns, here)
+        idle_s, asked_s = (now - heard) / 1e9, (now - max(probed, here)) / 1e9
         is_unanswered = probed > self.last_ns and self.has_answered and asked_s > answer_s
         if is_unanswered or idle_s > self.idle_s:
             return self.finish("WS_HALF_OPEN", f"no frame for {idle_s:.1f} s, not even a pong")
