@@ -37,7 +37,7 @@ from ..trader.feed import StoreFeed
 from ..trader.loop import count_books, fill_row, order_row, run_tag
 from ..trader.session import choose_model
 from ..trader.states import SymbolState
-from ..training.model import fit_direction
+from ..training.canaries import Canary, check_rebuilt, fit_checked
 from ..training.prediction import Predictor
 from ..training.publish import publish
 from ..training.registry import ModelVersion, Registry, symbol_key
@@ -108,6 +108,7 @@ class TrainingSet:
     features: FeatureRows  # One row a grid time
     labels: np.ndarray  # LABEL rows, one a feature row
     n_events: int  # Events they were made from
+    rebuilt: Canary  # Whether the first features need nothing that came later
 
 # %% ../../nbs/ops/05_pipeline.ipynb #31ab63c9
 def build_training_set(
@@ -124,6 +125,7 @@ def build_training_set(
     with stages.stage("features") as stage:
         columns = feature_set(chosen.set, chosen.interval_ms)
         features = build_features(events, of, columns, chosen.max_age_ms)
+        rebuilt = check_rebuilt(features, events, of)
         stage.rows = len(features)
     with stages.stage("labels") as stage:
         cost_bps = 2 * (of.taker_fee_bps + settings.backtest.slippage_bps)
@@ -133,7 +135,7 @@ def build_training_set(
             features.rows, table, settings.labels, cost_bps, chosen.max_age_ms, volatility
         )
         stage.rows = int(labels["is_valid"].sum())
-    return TrainingSet(features, labels, len(events))
+    return TrainingSet(features, labels, len(events), rebuilt)
 
 # %% ../../nbs/ops/05_pipeline.ipynb #185aeec9
 _SCORES = ("auc", "log_loss", "brier", "accuracy", "information_coefficient")
@@ -153,7 +155,7 @@ def model_facts(
     }
     facts["metrics"] = {name: m[name] for name in _SCORES}
     facts["importance"] = {row["name"]: row["gain_share"] for row in m["top_features"]}
-    kept = ("calibration", "baselines", "base_rate", "move_slope")
+    kept = ("calibration", "baselines", "base_rate", "move_slope", "canaries")
     facts |= {name: m[name] for name in kept if name in m}
     return facts | {
         "move_slope_bps": model.move_slope_bps,
@@ -193,9 +195,8 @@ def train_symbol(
         try:
             made = build_training_set(settings, venue, symbol, start_ns, stop_ns, stages)
             with stages.stage("train") as stage:
-                features = made.features
-                model = fit_direction(
-                    features.x, made.labels, features.feature_set, settings, stage.update
+                model = fit_checked(
+                    made.features, made.labels, settings, stage.update, before=[made.rebuilt]
                 )
                 stage.rows = model.metrics["n_train"]
             note = {"n_events": made.n_events, "venue": venue, "symbol": symbol}

@@ -282,22 +282,18 @@ def canaries(
     features: FeatureRows,  # One row a grid time
     labels: np.ndarray,  # LABEL rows, one a feature row
     settings: Settings,  # Uses [training]
-    events: np.ndarray | None = None,  # What the features were made from; None: do not rebuild
-    of: Instrument | None = None,  # Whose events they are
+    before: Iterable[Canary] = (),  # What was checked already, such as by `check_rebuilt`
 ) -> list[Canary]:  # One a check, before any fit
     "Search a training set for leaks"
     chosen, rows, x = settings.training, features.rows, features.x
     usable, _ = usable_rows(x, labels, chosen.min_rows)
     splitter = PurgedWalkForward(chosen.folds, round(chosen.embargo_s * 1e9))
-    found = [check_times(rows, labels)]
-    if found[0].status == "fail":
+    found = [*before, check_times(rows, labels)]
+    if found[-1].status == "fail":
         return found  # every other check relies on the times
     found += [check_shift(rows, labels)]
     found += [check_columns(rows, x, features.feature_set.names, labels)]
-    found += [check_twins(x[usable], labels[usable], splitter)]
-    if events is not None and of is not None:
-        found.append(check_rebuilt(features, events, of))
-    return found
+    return [*found, check_twins(x[usable], labels[usable], splitter)]
 
 
 def require_no_leak(found: Iterable[Canary]):
@@ -312,11 +308,10 @@ def fit_checked(
     labels: np.ndarray,  # LABEL rows, one a feature row
     settings: Settings,  # Uses [training] and [labels]
     progress: Callable[[int, int], None] | None = None,  # Called with fits done and fits in all
-    events: np.ndarray | None = None,  # What the features were made from; None: do not rebuild
-    of: Instrument | None = None,  # Whose events they are
+    before: Iterable[Canary] = (),  # What was checked already, such as by `check_rebuilt`
 ) -> DirectionModel:  # With what the canaries found in metrics["canaries"]
     "Fit P(up) on a set without leaks"
-    found = canaries(features, labels, settings, events, of)
+    found = canaries(features, labels, settings, before)
     require_no_leak(found)
     model = fit_direction(features.x, labels, features.feature_set, settings, progress)
     found.append(check_score(model.metrics))
