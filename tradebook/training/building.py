@@ -23,7 +23,7 @@ import numpy as np
 import tradebook
 from ..base.clock import WallClock, utc_text
 from ..base.errors import DataError
-from ..features.schema import FeatureSet
+from ..features.schema import FeatureSet, need_source
 from ..market.coverage import clip_holes, covered_share, find_holes, require_coverage
 from ..market.store import Store, write_durably
 from tradebook.training.days import (
@@ -314,6 +314,7 @@ def build_dataset(
     stages: Callable | None = None,  # Called with "features", then "labels": gives what moves a bar
 ) -> Built:  # DataError where no market could be made
     "Make what is missing of a data set, and write its manifest"
+    need_source(request.features, "events")
     plans, failed = {}, {}
     for k, market in enumerate(request.markets):
         try:
