@@ -186,8 +186,7 @@ _DEPTH = (
     ),
     *_pair("{}_slope", "1/bps", "Size gained a bps, {} side", "Naes 2006"),
     *_pair("{}_curvature", "ratio", "Size is near (+) or far (-), {} side", "Naes 2006"),
-    Feature("book_pressure", "ratio", True, "Bid share of size / distance", "Cao 2009",
-            scaling="near"),
+    Feature("book_pressure", "ratio", True, "Bid share of size / distance", "Cao 2009"),
     Feature("level_count", "count", False, "Levels of both sides", "plain"),
     Feature("level_imbalance", "ratio", True, "Bid share of the levels", "plain"),
     *_pair("{}_queue", "ratio", "Size at the best {} / typical", "Cont 2014"),
@@ -299,7 +298,8 @@ DESK_PARAMETERS = {
     "clock": {},
     "microprice": {},
 }  # fmt: skip
-DESK_PARAMETERS = {group: {**p, "formulas": 1} for group, p in DESK_PARAMETERS.items()}
+_FORMULAS = {"depth": 2}  # of each group: count up whenever one of its formulas changes, from 1
+DESK_PARAMETERS = {g: {**p, "formulas": _FORMULAS.get(g, 1)} for g, p in DESK_PARAMETERS.items()}
 FAMILIES = CORE | DESK
 GROUPS = tuple(FAMILIES)  # a group's place in this order is its number in the kernel
 

@@ -49,13 +49,14 @@ def side_form(
     "Describe the form of one side"
     total, near, reach = 0, 0, abs(2 * ticks[n - 1] - mid_2)
     across, along, pressure = 0.0, 0.0, 0.0
+    at_mid = 0.5 * abs(2 * ticks[1] - mid_2) if n > 1 else 1.0  # for a locked best level
     for i in range(n):
         away = abs(2 * ticks[i] - mid_2)
         total += lots[i]
         near += lots[i] if 2 * away <= reach else 0
         across += float(away) * total
         along += float(away) * away
-        pressure += lots[i] / max(away, 1)
+        pressure += lots[i] / (away if away > 0 else at_mid)
     slope = across / along if along > 0 else 0.0
     return slope, 2.0 * near / total - 1.0, pressure
 
