@@ -19,7 +19,7 @@ from .stability import LEAST_STRETCHES, Stability, stability
 
 # %% ../../nbs/training/37_drift.ipynb #fb8b4cc3
 N_FOLDS = 4
-MOST_ROWS = 1_000  # Of each side and fold
+MOST_ROWS = 500  # Of each side and fold
 _FOREST = {
     "objective": "binary",
     "num_leaves": 7,
@@ -36,7 +36,7 @@ _FOREST = {
 
 def _parts(x: np.ndarray) -> list[np.ndarray]:
     "Cut rows into stretches, thinned to what is worth looking at"
-    return [part[:: max(1, len(part) // MOST_ROWS)] for part in np.array_split(x, N_FOLDS)]
+    return [part[:: -(-len(part) // MOST_ROWS)] for part in np.array_split(x, N_FOLDS)]
 
 
 def tell_apart(
@@ -51,7 +51,7 @@ def tell_apart(
         rest = [part for i in range(N_FOLDS) if i != k for part in (old[i], new[i])]
         is_new = [np.full(len(p), j % 2, float) for j, p in enumerate(rest)]
         data = lightgbm.Dataset(np.concatenate(rest), np.concatenate(is_new))
-        booster = lightgbm.train(_FOREST | {"is_unbalance": True}, data, 25)
+        booster = lightgbm.train(_FOREST | {"is_unbalance": True}, data, 20)
         gain += booster.feature_importance("gain")
         asked = np.concatenate([old[k], new[k]])
         is_new = np.arange(len(asked)) >= len(old[k])
