@@ -154,6 +154,15 @@ class IncidentLog:
         "Write an incident that left no hole"
         self._write(ts_ns, ts_ns, meaning(code) and str(code), detail)
 
+    def finish(self, ts_ns: int) -> str:
+        "Write what is still open, once for each code, then that recording stopped; gives the latest"
+        left = {code: (ts, detail) for ts, code, detail in self.open}
+        self.open.clear()
+        for code, (ts, detail) in left.items():
+            self.tell(ts, code, detail)
+        self.tell(ts_ns, Incident.STOPPED)
+        return ": ".join((code, detail)) if left else ""
+
     def _write(self, ts_ns, until_ns, code, detail, **more):
         row = {"ts_ns": int(ts_ns), "until_ns": int(until_ns), "symbol": self.symbol}
         line = json.dumps({**row, "code": code, "detail": detail[:300], **more}) + "\n"

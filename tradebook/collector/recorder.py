@@ -94,6 +94,7 @@ class Recorder:
         self.segment_ns, self.sync_s = segment_s * 1_000_000_000, sync_s
         self.min_free_bytes = min_free_bytes
         self.queue, self.counts = RowQueue(queue_bytes), Counter()
+        self.left: dict[str, str] = {}  # Symbol -> cause that was still open at the end
         self.blocked, self._look_at = "", 0.0  # Why nothing is taken in; when to look again
         self._raw = self._raw_bucket = None
         self._candles, self._candles_at = {}, time.monotonic()
@@ -309,7 +310,7 @@ def close(
     for symbol, collector in self.collectors.items():
         if is_compacted and not self.blocked:
             self._guard((), collector.compact)
-        self.logs[symbol].tell(max(time.time_ns(), collector.last_ns), Incident.STOPPED)
+        self.left[symbol] = self.logs[symbol].finish(max(time.time_ns(), collector.last_ns))
         collector.close()
     return dict(self.counts)
 

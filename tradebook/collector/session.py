@@ -168,7 +168,10 @@ async def run_session(
         if door is not None:
             await door.cleanup()
     if not any(row["n_events"] for row in account["symbols"].values()):
-        where = ", ".join(f"{s}: {row['state']}" for s, row in account["symbols"].items())
+        left = {s: words for r in session.recorders for s, words in r.left.items()}
+        where = ", ".join(
+            f"{s}: {left[s] or row['state']}" for s, row in account["symbols"].items()
+        )
         raise VenueError(
             f"not one event came from {session.venue} in {account['seconds']:.0f} s; {where}"
         )

@@ -163,7 +163,10 @@ def urls_at(
         path = "/" + rest.partition("/")[2] if "/" in rest else ""
         return (base.replace("http", "ws", 1) if scheme.startswith("ws") else base) + path
 
-    api = moved(ccxt_class(venue)().describe()["urls"]["api"])
+    import ccxt.pro
+
+    has_streams = venue in ccxt.pro.exchanges  # only that class knows the streams' addresses
+    api = moved(ccxt_class(venue, has_streams)().describe()["urls"]["api"])
     return {"api": api, "test": api, "demotrading": api}
 
 # %% ../../nbs/venue/33_markets.ipynb #7ca86208
