@@ -68,19 +68,42 @@ _HILBERT = (
         row
         for k in range(1, EMD_WAVES + 1)
         for row in (
-            (f"wave_{k}", "bps", True, EMD_BARS, f"Wave {k} at the last bar", "Huang 1998"),
-            (f"wave_{k}_slope", "ratio", True, EMD_BARS, "Rising (+1), falling (-1)", "Huang 1998"),
-            (f"wave_{k}_share", "ratio", False, EMD_BARS, "Share of the power", "Huang 1998"),
-            (f"wave_{k}_period", "bars", False, EMD_BARS, "Its period", "Huang 1998"),
+            (
+                f"wave_{k}_{EMD_BARS}",
+                "bps",
+                True,
+                EMD_BARS,
+                f"Wave {k} at the last bar",
+                "Huang 1998",
+            ),
+            (
+                f"wave_{k}_slope_{EMD_BARS}",
+                "ratio",
+                True,
+                EMD_BARS,
+                "Rising (+1), falling (-1)",
+                "Huang 1998",
+            ),
+            (
+                f"wave_{k}_share_{EMD_BARS}",
+                "ratio",
+                False,
+                EMD_BARS,
+                "Share of the power",
+                "Huang 1998",
+            ),
+            (f"wave_{k}_period_{EMD_BARS}", "bars", False, EMD_BARS, "Its period", "Huang 1998"),
         )
     ),
-    ("wave_trend", "bps", True, EMD_BARS, "Move of the rest, 16 bars", "Huang 1998"),
+    (f"wave_trend_{EMD_BARS}", "bps", True, EMD_BARS, "Move of the rest, 16 bars", "Huang 1998"),
 )
 
 # %% ../../nbs/features/30_slow_columns.ipynb #ca4d6cd8
 CROSS_BEAT_MS = 100  # step of the columns in seconds
-LEAD_S = {"returns": (1, 5, 20, 60), "lags": 20, "window": 3000, "beat_ms": CROSS_BEAT_MS}
-LEAD_1H = {"returns": (1, 4, 24), "lags": 3, "window": 168, "beat_ms": 3_600_000}
+LEAD_S = {"returns": (1, 5, 20, 60), "lags": 20, "window": 3000, "beat_ms": CROSS_BEAT_MS,
+          "delay_ms": 0}  # fmt: skip
+LEAD_1H = {"returns": (1, 4, 24), "lags": 3, "window": 168, "beat_ms": 3_600_000,
+           "delay_ms": 5000}  # fmt: skip
 BASIS_CHANGE_S, BASIS_SCORE_S = 60, 300
 
 
@@ -98,7 +121,7 @@ def _lead(windows, unit_s, unit, window):
     ]
     return tuple(
         SlowFeature(name, kind, signed, text, "Huth 2014", w * unit_s, "", kind == "bps",
-                    settles_s=w * unit_s)
+                    settles_s=w * unit_s, is_bridging=name.startswith("lead_"))
         for name, kind, signed, text, w in names
     )  # fmt: skip
 
@@ -137,6 +160,7 @@ SLOW_PARAMETERS = {
                 "trend": EMD_TREND_BARS, "formulas": 1},
     "lead": {**LEAD_S, "formulas": 1},
     "lead_1h": {**LEAD_1H, "formulas": 1},
-    "basis": {"change_s": BASIS_CHANGE_S, "score_s": BASIS_SCORE_S, "formulas": 1},
-    "funding": {"payments": 3, "formulas": 1},
+    "basis": {"change_s": BASIS_CHANGE_S, "score_s": BASIS_SCORE_S, "beat_ms": CROSS_BEAT_MS,
+              "delay_ms": 0, "formulas": 1},
+    "funding": {"payments": 3, "interval": "8h", "formulas": 1},
 }  # fmt: skip
