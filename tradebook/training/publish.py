@@ -47,7 +47,9 @@ class Dossier:
     members: tuple[str, ...] = ()  # Further forests of an ensemble, LightGBM's own text
     meta_text: str | None = None  # Forest of the model that says take or skip
     meta_feature_names: tuple[str, ...] = ()  # Columns it expects; empty: those of the first
-    calibration: dict | None = None  # See above; None: probabilities as the forest gives them
+    calibration: dict | None = (
+        None  # As from `Calibration.to_dict`; None: probabilities as the forest gives them
+    )
     thresholds: dict = field(default_factory=dict)  # Where to act, by name
     data: dict = field(default_factory=dict)  # Ranges and manifests, as from `data_facts`
     trials: dict = field(default_factory=dict)  # study, n_trials, and what else deflation needs
