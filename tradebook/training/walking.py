@@ -13,8 +13,8 @@ import numpy as np
 
 from ..base.errors import DataError, ModelError
 from tradebook.training.learners import (
+    Ensemble,
     FoldFit,
-    Forest,
     Learner,
     Lesson,
     blend,
@@ -60,7 +60,7 @@ def outgrown(
     return np.flatnonzero((was_still & moves) | has_new_hole)
 
 # %% ../../nbs/training/21_walking.ipynb #0c204313
-def _fit_fold(learner: Learner, lesson: Lesson, data, train: np.ndarray) -> Forest:
+def _fit_fold(learner: Learner, lesson: Lesson, data, train: np.ndarray) -> Ensemble:
     "Fit one fold from rows that are binned already"
     import lightgbm
 
@@ -71,7 +71,7 @@ def _fit_fold(learner: Learner, lesson: Lesson, data, train: np.ndarray) -> Fore
         first, last = (data.subset(train[part]).construct() for part in parts)
         rounds = stop_at(learner, first, last)
     booster = lightgbm.train(parameters(learner, len(train)), data.subset(train), rounds)
-    return Forest((booster.model_to_string(),), tuple(lesson.names), learner.kind, (rounds,))
+    return Ensemble((booster.model_to_string(),), tuple(lesson.names), learner.kind, (rounds,))
 
 # %% ../../nbs/training/21_walking.ipynb #443bdd22
 def walk(
@@ -91,7 +91,7 @@ def walk(
     data, seen = binned_on(lesson, used, first, workers), lesson.x[first]
     out, fold = np.full(len(lesson.y), np.nan), np.full(len(lesson.y), -1)
 
-    def one(k: int) -> Forest | None:
+    def one(k: int) -> Ensemble | None:
         train, test = folds[k]
         if used.kind == "classifier" and len(np.unique(lesson.y[train])) < 2:
             return None
