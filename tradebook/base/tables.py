@@ -24,9 +24,10 @@ from sqlalchemy import (
     Text,
     create_engine,
     event,
+    inspect,
     text,
 )
-from sqlalchemy.exc import ArgumentError, DatabaseError, NoSuchModuleError
+from sqlalchemy.exc import ArgumentError, DatabaseError, NoSuchModuleError, OperationalError
 from sqlalchemy.schema import CreateIndex, CreateTable
 
 from .errors import DataError, SettingsError
@@ -67,6 +68,7 @@ DECISIONS = Table(
     *_columns("equity_quote", Float),
     *_columns("n_nan", _INTEGER),
     *_columns("gates client_order_id settings_hash model_version", Text),
+    Column("reasons", Text),  # JSON list, only with an order: what pushed the forecast
 )
 
 # %% ../../nbs/base/05_tables.ipynb #d3adfe30
@@ -212,6 +214,24 @@ def _connect(place: str | Path) -> Engine:
     return engine
 
 # %% ../../nbs/base/05_tables.ipynb #3a115d93
+def _grow(connection, table: Table):
+    "Give a table that an older version made the columns that came since"
+    had = {column["name"] for column in inspect(connection).get_columns(table.name)}
+    new, is_sqlite = (
+        [c for c in table.columns if c.name not in had],
+        connection.dialect.name == "sqlite",
+    )
+    for column in new:
+        kind = column.type.compile(connection.dialect)
+        try:
+            connection.execute(text(f"ALTER TABLE {table.name} ADD COLUMN {column.name} {kind}"))
+        except OperationalError as error:  # another process opened it in the same moment
+            if "duplicate column" not in str(error.orig):
+                raise
+    if new and is_sqlite:
+        connection.execute(text(f"DROP TRIGGER IF EXISTS {table.name}_no_update"))
+
+# %% ../../nbs/base/05_tables.ipynb #6d7e6928
 def statements(
     dialect: str,  # "sqlite" or "postgresql"
 ) -> list:  # What to execute, in order; harmless when executed again
@@ -233,6 +253,10 @@ def open_tables(
         with engine.begin() as connection:
             if engine.dialect.name == "postgresql":  # one at a time may create
                 connection.execute(text("SELECT pg_advisory_xact_lock(7263)"))
+            there = set(inspect(connection).get_table_names())
+            for table in METADATA.sorted_tables:
+                if table.name in there:
+                    _grow(connection, table)
             for statement in statements(engine.dialect.name):
                 connection.execute(statement)
     except DatabaseError as error:
