@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UNITS', 'UNIT_BPS', 'UNKNOWN', 'BIGGEST_UNITS', 'RING', 'OWN', 'OTHER', 'BEAT', 'HOLES', 'SINCE', 'KNOWN',
-           'log_units', 'PairState', 'new_pair', 'pair_beat']
+           'log_units', 'PairState', 'new_pair', 'basis_units', 'pair_beat']
 
 # %% ../../nbs/features/36_pairs.ipynb #806563cb
 import math
@@ -98,9 +98,19 @@ def _weigh(state, n, sign):
 
 # %% ../../nbs/features/36_pairs.ipynb #ccdf07bb
 @njit(cache=True, nogil=True, no_cfunc_wrapper=True)
+def basis_units(
+    state: PairState,  # Memory of the pair
+    n: int,  # Number of a beat at which both prices were known
+) -> int:  # Logarithm of own over other, units, cut at 40 %
+    "Tell how far apart two prices were"
+    basis = state.logs[n % RING, OWN] - state.logs[n % RING, OTHER]
+    return min(max(basis, -BIGGEST_UNITS), BIGGEST_UNITS)
+
+
+@njit(cache=True, nogil=True, no_cfunc_wrapper=True)
 def _weigh_basis(state, n, sign):
     "Add the basis of a beat to its sums, or take it away; only where both are known"
-    basis = state.logs[n % RING, OWN] - state.logs[n % RING, OTHER]
+    basis = basis_units(state, n)
     state.levels[0] += sign * basis
     state.levels[1] += sign * basis * basis
 
