@@ -46,6 +46,7 @@ def run_desk(
     p_up: np.ndarray | None,  # P(up) a row, (T,); None without a model
     edge_bps: np.ndarray | None,  # Expected move a row, signed, basis points, (T,)
     progress=None,  # Called with the rows done so far, now and then
+    explain=None,  # Features of a row -> text for the decision's reasons; None: none are kept
 ) -> tuple[list, list, list]:  # Decision rows, orders, fills
     "Trade a stretch of history"
     reader, n_nan = ViewReader(features.feature_set), features.n_nan
@@ -64,6 +65,8 @@ def run_desk(
         if intent:
             venue.submit(intent)
             orders.append(intent)
+            if explain and is_known:  # after the order has left: it never waits for this
+                decision["reasons"] = explain(features.x[i])
         if progress and i % 2000 == 0:
             progress(i)
     fills += venue.advance(events, cursor) if cursor < len(events) else []
@@ -82,6 +85,7 @@ def run_backtest(
     run_tag: str = "backtest",  # Goes into order names
     facts: dict | None = None,  # Added to every decision row
     progress=None,  # Called with the rows done so far, now and then
+    explain=None,  # Features of a row -> text for the decision's reasons; None: none are kept
 ) -> BacktestResult:  # Decisions, orders, fills, account
     "Replay a recording through the policy"
     for name, values in (("p_up", p_up), ("edge_bps", edge_bps)):
@@ -91,7 +95,7 @@ def run_backtest(
             )
     desk = Desk(rules, initial_equity_quote, run_tag, facts)
     venue = PaperVenue(rules.of, latency_ns, rules.slippage_bps)
-    done = run_desk(desk, venue, events, features, p_up, edge_bps, progress)
+    done = run_desk(desk, venue, events, features, p_up, edge_bps, progress, explain)
     desk.settle(done[2][desk.account.n_fills :], 0)  # what was filled behind the last row
     return BacktestResult(rules.of, *done, desk.account, initial_equity_quote)
 
