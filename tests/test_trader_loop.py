@@ -18,7 +18,7 @@ from tradebook.features.schema import feature_set
 from tradebook.market.events import message_starts
 from tradebook.market.store import Store
 from tradebook.market.synthetic import synthetic_market
-from tradebook.policy.rules import rules_from
+from tradebook.policy.rules import NEVER, rules_from
 from tradebook.trader.feed import StoreFeed
 from tradebook.trader.loop import PaperTrader, RunLog
 
@@ -31,6 +31,9 @@ class Leaning:
 
     class model:
         version = "leaning"
+
+        def expires_ns(max_age_days):
+            return NEVER  # nothing learned, nothing to forget
 
     def __init__(self, slope_bps=60.0):
         self.at, self.slope_bps = feature_set().index("imbalance_5"), slope_bps

@@ -32,7 +32,7 @@ from ..market.instruments import Instrument
 from ..market.quotes import quotes
 from ..market.store import DAY_NS, Store
 from .progress import Stage, Stages
-from ..policy.rules import rules_from
+from ..policy.rules import NEVER, rules_from
 from ..trader.feed import StoreFeed
 from ..trader.loop import count_books, fill_row, order_row, run_tag
 from ..trader.session import choose_model
@@ -248,11 +248,13 @@ def replay(
     "Replay a stretch through the policy"
     chosen, of = settings.backtest, feed.instrument
     version = predictor.model.version if predictor else None
+    max_age_days = settings.training.max_age_days
+    until = predictor.model.expires_ns(max_age_days) if predictor else NEVER
     result = run_backtest(
         feed.events,
         features,
         *forecast(predictor, features),
-        rules_from(settings, of, block),
+        rules_from(settings, of, block, model_expires_ns=until),
         initial_equity_quote=chosen.initial_equity_quote,
         latency_ns=chosen.order_latency_ms * 1_000_000,
         run_tag=tag,

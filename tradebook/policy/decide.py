@@ -44,6 +44,8 @@ def model_block(
     "Check that features and model are fit to predict"
     if rules.standing_block is not None:
         return rules.standing_block
+    if market.ts > rules.model_expires_ns:
+        return Cause.MODEL_EXPIRED
     if market.n_nan:
         is_young = not market.since_gap_s > WARM_UP_S
         return Cause.FEATURES_WARMING_UP if is_young else Cause.FEATURE_NAN

@@ -22,7 +22,7 @@ from ..features.schema import feature_set
 from ..market.events import KIND_CLEAR, KIND_LEVEL, message_starts
 from ..market.instruments import Instrument
 from ..policy.desk import Desk
-from ..policy.rules import rules_from
+from ..policy.rules import NEVER, rules_from
 from ..policy.views import Prediction, ViewReader
 from ..training.prediction import Predictor
 from ..venue.orders import Fill, OrderIntent
@@ -123,8 +123,11 @@ class PaperTrader:
         columns = feature_set(chosen.set, chosen.interval_ms)
         self.stream = FeatureStream(of, columns, chosen.max_age_ms)
         self.reader, self.log, self.predictor = ViewReader(columns), log, predictor
-        rules = rules_from(settings, of, standing_block)
+        max_age_days, until = settings.training.max_age_days, NEVER
         version = predictor.model.version if predictor else None
+        if predictor:  # it may grow too old while the run goes on
+            until = predictor.model.expires_ns(max_age_days)
+        rules = rules_from(settings, of, standing_block, model_expires_ns=until)
         facts = {"settings_hash": settings.hash, "model_version": version}
         equity = settings.backtest.initial_equity_quote
         self.desk = Desk(rules, equity, run_tag(log.run_id), facts)
