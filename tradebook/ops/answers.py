@@ -21,6 +21,7 @@ from tradebook.base.errors import (
     ReportError,
     SettingsError,
     TradebookError,
+    VenueError,
 )
 
 # %% ../../nbs/ops/15_answers.ipynb #70847539
@@ -33,6 +34,11 @@ _FAILURES: tuple[tuple[type[Exception], int, str], ...] = (
     ),
     (ModelError, 4, "tradebook train makes a model from what is in the store"),
     (ReportError, 5, "tradebook why shows a run's funnel without making a report"),
+    (
+        VenueError,
+        7,
+        "look at the network and at tradebook venues; tradebook rehearse opens an exchange here to try against",
+    ),
     (TradebookError, 1, "tradebook why shows how far the last run came"),
 )
 
