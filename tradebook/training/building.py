@@ -331,7 +331,6 @@ def build_dataset(
     if len(failed) == len(request.markets):
         raise DataError("\n".join(row["error"] for row in told))
     made = [_describe_market(plans[k], slices[k]) for k in plans if k not in failed]
-    manifest = describe_dataset(request, made, told)
-    text = json.dumps(manifest, indent=1)
+    text = json.dumps(describe_dataset(request, made, told), indent=1)
     write_durably(root / f"{request.id}.json", lambda path: path.write_text(text))
-    return Built(manifest, {plans[k].name: done[k] for k in plans}, told)
+    return Built(json.loads(text), {plans[k].name: done[k] for k in plans}, told)
