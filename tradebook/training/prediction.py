@@ -91,7 +91,8 @@ class Predictor:
             text = "its text and model.json name different columns; publish it again"
             raise ModelError(f"model {model.version}: {text}")
         self.model, self.n_columns = model, len(names)
-        self.n_members, self._slope = self._forest.n_members, model.move_slope_bps
+        self.n_members, self.n_trees = self._forest.n_members, self._forest.n_trees
+        self._slope = model.move_slope_bps
         self.ask_row(np.zeros(self.n_columns))  # compiles, so that no order waits for it
 
     def ask(

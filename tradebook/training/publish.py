@@ -52,6 +52,7 @@ class Dossier:
     )
     thresholds: dict = field(default_factory=dict)  # Where to act, by name
     data: dict = field(default_factory=dict)  # Ranges and manifests, as from `data_facts`
+    settings: dict = field(default_factory=dict)  # Sections in force, for comparing versions
     trials: dict = field(default_factory=dict)  # study, n_trials, and what else deflation needs
     valid_until_ns: int | None = None  # Last moment it may open positions, ns UTC; None: by age
 
@@ -135,6 +136,7 @@ _FROM_DOSSIER = (
     "calibration",
     "thresholds",
     "data",
+    "settings",
     "trials",
     "valid_until_ns",
     "meta_feature_names",
