@@ -121,10 +121,11 @@ class QueueWriter(Database):
                 if self._row_of(venue, symbol) is None:
                     raise
                 return False
-        if row["state"] == "running":
-            return False
+        if row["state"] == "running" and (row["ts_lease"] >= ts or not is_at_once):
+            return False  # it will be answered, or taken again when its lease has ended
         if is_at_once:
-            return self._swap(row, **asked, attempts=0, ts_due=int(ts), owner=None)
+            anew = {"attempts": 0, "ts_due": int(ts), "owner": None, "ts_lease": None}
+            return self._swap(row, **asked, **anew)
         if row["state"] != "waiting":
             return row["ts_due"] <= ts and self._swap(row, **asked, owner=None)
         if reason in row["reasons"].split(","):

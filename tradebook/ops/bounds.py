@@ -120,7 +120,7 @@ class Watch:
         now, pids = time.monotonic(), tree_of(self.pid)
         self.seen |= {pid: process_start(pid) for pid in pids if pid not in self.seen}
         used, written = cpu_s(pids), self._file_time()
-        is_busy = used - self._cpu >= max(0.2, BUSY_SHARE * (now - self.moved))
+        is_busy = used - self._cpu >= max(0.05, BUSY_SHARE * (now - self.moved))
         if is_busy or written != self._written or used < self._cpu:
             self.moved, self._cpu, self._written = now, used, written
         mb = tree_bytes(self.pid) / 2**20
@@ -171,7 +171,8 @@ def go_with_parent(
     "End this process and all below it when the parent is gone"
 
     def wait():
-        stream.read()
+        while os.read(stream.fileno(), 4096):  # no lock that could outlive the interpreter
+            pass
         mine = os.getpid()
         end_processes({pid: process_start(pid) for pid in tree_of(mine) if pid != mine})
         os._exit(1)
