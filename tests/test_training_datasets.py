@@ -1,6 +1,7 @@
 """Data sets: days together are one pass, nothing is made twice, no damage stays unseen, kill -9 is survived."""
 
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -9,7 +10,6 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ from tradebook.training.datasets import list_datasets, load_dataset, verify_data
 from tradebook.training.label_sets import KINDS, LabelSet, label_rows
 
 MIDNIGHT_NS = 20_000 * DAY_NS
-MINUTE = LabelSet("horizon", 60.0)
+MINUTE, BARRIERS = LabelSet("horizon", 60.0), LabelSet("barriers", 60.0)
 
 
 def stretch(seed, start_ns, seconds, after=None):
@@ -171,7 +171,7 @@ def test_a_stretch_knows_nothing_from_its_end_on(home, three_days, share, kind):
 def test_a_damaged_file_is_found_named_and_made_again(home):
     made = build(home)
     good, rng = pieces(home), random.Random(3)
-    for name in rng.sample(sorted(good), 8):
+    for name in rng.sample(sorted(good), 6):
         damage = rng.choice(["cut", "byte", "gone", "empty"])
         path, content = home / name, good[name]
         at = rng.randrange(len(content) // 4, len(content) // 2)
@@ -267,43 +267,64 @@ def test_rows_that_were_swapped_in_the_store_are_refused(home):
     assert not list((home / "datasets").rglob("*.parquet"))
 
 
-COMMAND = [sys.executable, "-m", "tradebook", "dataset", "build", "--json"]
-COMMAND += ["--workers", "0", "--set", "data.min_coverage=0", "--set", "features.interval_ms=5000"]
+def in_a_child(home, request):
+    "Begin a build in a process of its own"
+    child = multiprocessing.get_context("fork").Process(target=build, args=(home, request))
+    child.start()
+    return child
+
+
+def manifests(home):
+    "Manifests of finished pieces"
+    return list((home / "datasets").rglob("date=*/manifest.json"))
 
 
 def test_kill_9_in_the_middle_leaves_whole_days_and_goes_on(tmp_path):
-    store = Store(tmp_path / "market")
+    store, asked = Store(tmp_path / "market"), replace(EVERYTHING, labels=BARRIERS)
     for day in range(4):
         store.write(stretch(day, MIDNIGHT_NS + day * DAY_NS + 3600 * NS_PER_S, 30), OF, "test")
-    command = [*COMMAND, "--labels", "barriers", "--data", tmp_path]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    seen = []
-    for n_files in (2, 5):  # kill it while the next piece is on its way
-        child = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-        deadline = time.monotonic() + 60
-        while len(list((tmp_path / "datasets").rglob("manifest.json"))) < n_files:
-            assert time.monotonic() < deadline and child.poll() is None
+    for n_whole, wait_s in ((1, 0.01), (3, 0.05), (5, 0.03)):
+        child, deadline = in_a_child(tmp_path, asked), time.monotonic() + 90
+        while len(manifests(tmp_path)) < n_whole:  # kill it while the next piece is on its way
+            assert time.monotonic() < deadline and child.is_alive()
             time.sleep(0.002)
-        time.sleep(0.03)
-        child.send_signal(signal.SIGKILL)
-        child.wait()
-        seen.append(len(list((tmp_path / "datasets").rglob("manifest.json"))))
+        time.sleep(wait_s)
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
+        for path in (tmp_path / "datasets").rglob("date=*/manifest.json"):
+            assert (path.parent / json.loads(path.read_text())["file"]).is_file()
         assert not list((tmp_path / "datasets").glob("*.json"))
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    found = json.loads(done.stdout)
-    kept = [p for p in found["pieces"] if p["word"] == "kept"]
-    assert len(found["pieces"]) == 8 and len(kept) >= seen[-1] >= 5
+    n_whole, done = len(manifests(tmp_path)), build(tmp_path, asked)
+    made = list(words(done).values())
+    assert len(made) == 8 and made.count("kept") == n_whole >= 5 and "rebuilt" not in made
     assert not [p for p in (tmp_path / "datasets").rglob("*") if ".tmp" in p.name]
-    asked = replace(EVERYTHING, labels=LabelSet("barriers", 30.0))
     fresh = build_dataset(tmp_path / "market", tmp_path / "fresh", asked)
-    assert found["content_sha256"] == fresh.manifest["content_sha256"]
+    assert done.manifest["content_sha256"] == fresh.manifest["content_sha256"]
 
 
 def test_two_builds_at_once_make_one_data_set(home):
-    command = [*COMMAND, "--data", home]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    told = [json.loads(child.communicate(timeout=120)[0]) for child in both]
-    assert told[0]["content_sha256"] == told[1]["content_sha256"]
-    made = [sum(p["word"] == "built" for p in one["pieces"]) for one in told]
-    assert sum(made) == len(told[0]["pieces"])  # each piece was made by one of the two
-    assert verify_dataset(home / "market", home / "datasets", told[0]["id"]) == []
+    other = in_a_child(home, EVERYTHING)
+    mine = build(home)
+    other.join(120)
+    assert other.exitcode == 0
+    again = build(home)
+    assert set(words(again).values()) == {"kept"}
+    assert again.manifest["content_sha256"] == mine.manifest["content_sha256"]
+    assert verify_dataset(home / "market", home / "datasets", mine.id) == []
+
+
+def test_the_command_line_ends_with_7_and_names_who_failed(home, three_days):
+    events = three_days[three_days["ts_recv"] < MIDNIGHT_NS]
+    Store(home / "market").write(events, replace(OF, symbol="ONE/USDT:USDT"), "test")
+    store = Store(home / "market")
+    part = store.parts(OF.venue, "ONE/USDT:USDT")[0]
+    (store.day(OF.venue, "ONE/USDT:USDT", part.date) / part.file).unlink()
+    command = [sys.executable, "-m", "tradebook", "dataset", "build", "--workers", "0", "--json"]
+    command += ["--set", "data.min_coverage=0", "--set", "features.interval_ms=5000"]
+    done = subprocess.run([*command, "--data", home], capture_output=True, text=True)
+    found = json.loads(done.stdout)
+    assert done.returncode == 7 and found["ok"] is False and done.stderr == ""
+    assert [row["symbol"] for row in found["failed"]] == ["ONE/USDT:USDT"]
+    assert [m["symbol"] for m in found["markets"]] == [OF.symbol]
+    assert len(load_dataset(home / "datasets", found["id"])) == found["n_rows"]
