@@ -40,9 +40,10 @@ def showing(
     p_up = predictor.predict(features.x[told])[0]
     trades = replay(settings, feed, features, predictor, tag="contest").result.trades
     columns = (trades[name].to_numpy() for name in ("net_bps", "ts_in", "ts_out"))
-    return Outcome(
-        model.version, int(model.facts["ts_last"]), p_up, labels["label"][told] > 0, *columns
-    )
+    start, end = labels["ts_start"][told], labels["ts_end"][told]
+    overlap = max(1.0, float((end - start).sum() / max(1, np.ptp(start)))) if told.any() else 1.0
+    asked = (model.version, int(model.facts["ts_last"]), p_up, labels["label"][told] > 0)
+    return Outcome(*asked, *columns, overlap)
 
 # %% ../../nbs/ops/25_compete.ipynb #0618307d
 def find_champion(

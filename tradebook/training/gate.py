@@ -79,6 +79,7 @@ class Outcome(NamedTuple):
     net_bps: np.ndarray  # Result of each position after costs, (K,), bps
     ts_in: np.ndarray  # When each was opened, (K,), int64 ns
     ts_out: np.ndarray  # When each was closed, (K,), int64 ns
+    overlap: float = 1.0  # Labels of rows that share a moment, on average, >= 1
 
 
 class Bounds(NamedTuple):
@@ -98,13 +99,14 @@ def calibration_error(
     p_up: np.ndarray,  # Forecasts, (N,), 0 to 1
     is_up: np.ndarray,  # What happened, (N,), bool
     n_bins: int = 10,  # Bins of equal count
+    overlap: float = 1.0,  # Labels that share a moment, on average: so many rows count as one
 ) -> float:  # Root mean square distance beyond chance, 0 to 1; NaN without rows
     "Measure how far probabilities are from what happened, less what luck explains"
     if not len(p_up):
         return float("nan")
     rows = calibration_table(p_up, is_up, n_bins)
     n, p, share = (np.array([row[k] for row in rows]) for k in ("n", "p_mean", "share_up"))
-    chance = p * (1 - p) / n
+    chance = p * (1 - p) * overlap / n
     return float(np.sqrt(max(0.0, np.average((p - share) ** 2 - chance, weights=n))))
 
 # %% ../../nbs/training/32_gate.ipynb #bddea942
@@ -155,7 +157,7 @@ class Judgement(NamedTuple):
 
 def _figures(one: Outcome, hours: float) -> dict:
     "Sum one side up"
-    error = calibration_error(one.p_up, one.is_up)
+    error = calibration_error(one.p_up, one.is_up, overlap=one.overlap)
     return {
         "version": one.version,
         "seen_until_ns": int(one.seen_until_ns),
