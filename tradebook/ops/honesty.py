@@ -68,8 +68,8 @@ def overfitting_figure(
 ) -> go.Figure:  # A point a way to cut the time
     "Draw what the winner of one half did on the other"
     found = page.overfitting
-    every = slice(None, None, max(1, len(found.inside) // 2_000))
-    x, y = found.inside[every].round(4), found.outside[every].round(4)
+    every = slice(None, None, max(1, len(found.inside) // 500))
+    x, y = found.inside[every].round(3), found.outside[every].round(3)
     marker = {"size": 4, "opacity": 0.45, "color": np.where(y > 0, GOOD, BAD)}
     figure = go.Figure(go.Scattergl(x=x, y=y, mode="markers", marker=marker, showlegend=False))
     ends = [float(min(x.min(), 0)), float(x.max())]
