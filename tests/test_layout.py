@@ -16,7 +16,8 @@ LAYERS = (
 ).split()
 # What the trader may take from training: the registry's reader and the prediction, nothing that can train.
 TRADER_MAY_IMPORT = {
-    f"tradebook.training.{name}" for name in ("ledger", "registry", "forest", "prediction")
+    f"tradebook.training.{name}"
+    for name in ("ledger", "registry", "forest", "prediction", "reasons")
 }
 HEAVY = {
     "vectorbt",

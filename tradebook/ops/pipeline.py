@@ -40,6 +40,7 @@ from ..trader.states import SymbolState
 from ..training.canaries import Canary, check_rebuilt, fit_checked
 from ..training.prediction import Predictor
 from ..training.publish import publish
+from ..training.reasons import Reasons
 from ..training.registry import ModelVersion, Registry, symbol_key
 
 # %% ../../nbs/ops/05_pipeline.ipynb #678cc75f
@@ -260,6 +261,7 @@ def replay(
         run_tag=tag,
         facts={"settings_hash": settings.hash, "model_version": version},
         progress=stage and (lambda n: stage.update(n, len(features))),
+        explain=Reasons.of(predictor.model).text if predictor else None,
     )
     found = {k: _plain(v) for k, v in summarise(result).items()}
     return Backtested(result, found, feed, features)

@@ -118,11 +118,13 @@ class PaperTrader:
         log: RunLog,  # Where everything is written down
         predictor: Predictor | None,  # The model, loaded; None without one
         standing_block: Cause | None = None,  # Why no position may be opened in this run
+        explain: Callable[[np.ndarray], str] | None = None,  # Row -> reasons; None: none are kept
     ):
         chosen, latency_ms = settings.features, settings.backtest.order_latency_ms
         columns = feature_set(chosen.set, chosen.interval_ms)
         self.stream = FeatureStream(of, columns, chosen.max_age_ms)
         self.reader, self.log, self.predictor = ViewReader(columns), log, predictor
+        self.explain = explain
         max_age_days, until = settings.training.max_age_days, NEVER
         version = predictor.model.version if predictor else None
         if predictor:  # it may grow too old while the run goes on
@@ -184,6 +186,8 @@ def cycle(
         self.log.intent(intent)  # on the disk before it leaves
         self.venue.submit(intent)
         self.open_orders.add(intent.client_order_id)
+        if self.explain and prediction:  # after the order has left: it never waits for this
+            row["reasons"] = self.explain(features.x[i])
     self.n_rows += 1
     if self.log.decision(row):
         self._look_for_freezes()

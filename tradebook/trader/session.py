@@ -25,6 +25,7 @@ from .loop import PaperTrader, RunLog
 from .startup import StartupError, Step, run_steps
 from .states import SymbolState, classify_universe
 from ..training.prediction import Predictor
+from ..training.reasons import Reasons
 from ..training.registry import Registry, symbol_key
 
 # %% ../../nbs/trader/04_session.ipynb #7d58f4e3
@@ -179,7 +180,8 @@ def _trade(journal, run_id, settings, found, tell) -> dict[str, Any]:
         now_ns = int(feed.events["ts_recv"][0])
         journal.record_event(run_id, now_ns, str(model.block), {"detail": model.detail})
     log = RunLog(journal, run_id, settings.trader.journal_flush_rows)
-    trader = PaperTrader(settings, feed.instrument, log, model.predictor, model.block)
+    explain = Reasons.of(model.predictor.model).text if model.predictor else None
+    trader = PaperTrader(settings, feed.instrument, log, model.predictor, model.block, explain)
     try:
         summary = trader.run(
             feed.events, feed, lambda done, total: tell("progress", done=done, total=total)
