@@ -39,7 +39,8 @@ def showing(
     told = labels["is_valid"] & (labels["label"] != 0) & (features.n_nan == 0)
     p_up = predictor.predict(features.x[told])[0]
     trades = replay(settings, feed, features, predictor, tag="contest").result.trades
-    columns = (trades[name].to_numpy() for name in ("net_bps", "ts_in", "ts_out"))
+    kinds = {"net_bps": np.float64, "ts_in": np.int64, "ts_out": np.int64}
+    columns = (trades[name].to_numpy(kind) for name, kind in kinds.items())
     start, end = labels["ts_start"][told], labels["ts_end"][told]
     overlap = max(1.0, float((end - start).sum() / max(1, np.ptp(start)))) if told.any() else 1.0
     asked = (model.version, int(model.facts["ts_last"]), p_up, labels["label"][told] > 0)

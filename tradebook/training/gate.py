@@ -120,14 +120,15 @@ def gain_of(
     if not end > start:
         raise DataError(f"window must end after it starts, was {start} to {end}")
     sides = [one for one in (challenger, champion) if one is not None]
-    longest = max((int((s.ts_out - s.ts_in).max()) for s in sides if len(s.ts_in)), default=0)
+    longest = max((int(np.max(s.ts_out - s.ts_in)) for s in sides if len(s.ts_in)), default=0)
     length = max(10 * longest, (end - start) // 500 + 1, 1_000_000_000)
     n_blocks = (end - start) // length + 1
     sums = [np.zeros(n_blocks), np.zeros(n_blocks)]
     for total, one in zip(sums, sides, strict=False):
         if len(one.ts_in) and not start <= one.ts_in.min() <= one.ts_in.max() <= end:
             raise DataError(f"{one.version}: positions must be opened within the window")
-        np.add.at(total, (one.ts_in - start) // length, one.net_bps)
+        at = (np.asarray(one.ts_in, np.int64) - start) // length
+        np.add.at(total, at, one.net_bps)
     per_hour = (sums[0] - sums[1]) * n_blocks / ((end - start) / 3.6e12)
     mean = lambda w: float(np.average(per_hour, weights=w))  # noqa: E731
     return bootstrap(mean, np.arange(n_blocks), n_draws=1_000)

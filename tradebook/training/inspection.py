@@ -15,7 +15,7 @@ from .registry import ModelVersion, Registry, read_version
 
 # %% ../../nbs/training/33_inspection.ipynb #86c9de3f
 _HEADINGS = {
-    "settings": ("settings",),
+    "settings": ("settings", "settings_hash"),
     "labels": ("label_definition", "label_hash"),
     "features": ("feature_names", "feature_set_hash", "meta_feature_names", "parts"),
     "data": ("data", "ts_first", "ts_last", "note"),
