@@ -2,13 +2,15 @@
 
 First all columns of both peers are compared with ours, to one part in a million of each column's size: a benchmark of
 things that differ measures nothing. On rebuilt books (twenty levels as columns) each side may use two threads. On raw
-events ours keeps the book and writes all features on one core, where hftbacktest only replays the events.
+events ours keeps the book and writes all features on one core, where hftbacktest only replays the events; both are
+measured in processor time there.
 
     python benchmarks/messages.py [--json] [--seconds 7200] [--rounds 7]
 """
 
 import os
 import sys
+import time
 
 os.environ.setdefault("POLARS_MAX_THREADS", "2")
 
@@ -16,6 +18,7 @@ import numpy as np
 import pandas as pd
 from book_replay import Peer, hftbacktest, to_hft
 from common import header, options, rate_row, show, take_turns
+from numba import njit
 
 try:
     import polars as pl
@@ -136,6 +139,22 @@ def with_polars(d):
     )
 
 
+@njit
+def bare_replay(hbt):
+    "Let the peer take all messages into its book, and ask nothing; the number of messages"
+    n = 0
+    while hbt.wait_next_feed(False, 10**18) == 2:
+        n += 1
+    return n
+
+
+def on_one_core(work, *args):
+    "Seconds of processor time"
+    began = time.process_time()
+    work(*args)
+    return time.process_time() - began
+
+
 def compare(ours, theirs, who):
     "Stop when a value differs by more than 1e-6 of itself and of its column's typical size"
     for k, name in enumerate(NAMES):
@@ -158,18 +177,16 @@ def main():
     compare(features_of_tops(tops), with_polars(lazy), "polars")
     prices = market.instrument.price(events["price_ticks"][events["kind"] == KIND_LEVEL])
     reach = float(prices.min()) - 100, float(prices.max()) + 100
-    peer = Peer(
-        hftbacktest.ROIVectorMarketDepthBacktest, to_hft(events, market.instrument),
-        market.instrument, reach, len(events),
-    )  # fmt: skip
+    data, of = to_hft(events, market.instrument), market.instrument
+    peer = Peer(hftbacktest.ROIVectorMarketDepthBacktest, data, of, reach)
     took = take_turns(
         {
             "ours": lambda: features_of_tops(tops),
             "ours, one thread": lambda: features_of_tops(tops, threads=1),
             "pandas": lambda: with_pandas(frame),
             "polars": lambda: with_polars(lazy),
-            "fused": lambda: message_features(events),
-            "hftbacktest, replay only": peer,
+            "fused": lambda: on_one_core(message_features, events),
+            "hftbacktest, replay only": lambda: peer.timed(bare_replay),
         },
         args.rounds,
     )

@@ -256,7 +256,10 @@ def probe_holes(
     features, found, n, n_values = features or feature_set(), {}, 0, 0
     held = {f.name for f in features.features if not f.is_bridging}
     for k in range(1, n_holes + 1):
-        holed, rest = with_hole(events, len(events) * k // (n_holes + 1))
+        try:
+            holed, rest = with_hole(events, len(events) * k // (n_holes + 1))
+        except DataError:  # a real hole is there already
+            continue
         made, fresh = (build(e, instrument, features) for e in (holed, rest))
         after = made[len(made) - len(fresh) :]
         wrong = differences("hole", after, fresh, "must begin anew after a hole")
