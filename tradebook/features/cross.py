@@ -203,6 +203,8 @@ class CrossPass:
             bit for bit, names in ((ON_LEAD, ("lead", "lead_1h")), (ON_BASIS, ("basis",)),
                                    (ON_FUNDING, ("funding",))) if set(names) & set(groups)
         )  # fmt: skip
+        if self.bits == ON_FUNDING:  # nothing to follow between two rows
+            self.beat_ns = features.interval_ms * NS_PER_MS
         names = [f.name for g in groups for f in SLOW_FAMILIES[g]]
         self.n, self.take = len(names), [names.index(name) for name in features.names]
         payments = parse_interval(SLOW_PARAMETERS["funding"]["interval"])
