@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Due', 'live_results', 'why_due', 'queue_due', 'settings_changes', 'child', 'oom_kills', 'name_end', 'Trained',
-           'run_child', 'train_next', 'retrain_all', 'summed_up', 'retrain']
+           'run_child', 'train_next', 'retrain_all']
 
 # %% ../../nbs/ops/28_retrain.ipynb #5f93e386
 import json
@@ -12,17 +12,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, NamedTuple, Optional
-
-import typer
+from typing import NamedTuple
 
 from ..base.clock import NS_PER_S, WallClock
-from ..base.errors import DataError, TradebookError
+from ..base.errors import TradebookError
 from ..base.queue import Reason, owner_name
 from ..base.settings import Settings
-from .answers import Answer, guarded
 from .bounds import Bounds, End, Ended, Watch, go_with_parent, run_bounded
-from .options import Json, Root, Sets, Venue, read_settings
 
 # %% ../../nbs/ops/28_retrain.ipynb #cff7956f
 class Due(NamedTuple):
@@ -295,78 +291,3 @@ def retrain_all(
         found.append(done)
         on_done(done)
     return found
-
-# %% ../../nbs/ops/28_retrain.ipynb #e81c9b4a
-def summed_up(
-    found: list[Trained],  # What was trained
-) -> tuple[str, int]:  # ok, partial, failed or idle, and the exit code
-    "Sum up a round"
-    n_bad = sum(one.state != "done" for one in found)
-    if not n_bad:
-        return ("ok" if found else "idle"), 0
-    has_model = any(one.state != "failed" for one in found)
-    return ("partial", 6) if has_model else ("failed", 4)
-
-
-def _lines(found: list[Trained], due: list[Due], wrong: dict, waiting: list[dict]) -> str:
-    "Write a round for a person"
-    lines = [f"{d.symbol} on {d.venue} is due: {d.reason}, {d.detail}" for d in due]
-    lines += [f"{name} could not be asked: {why}" for name, why in wrong.items()]
-    for one in found:
-        said = one.verdict if one.state == "done" else f"{one.code}: {one.error}"
-        lines.append(f"{one.symbol} on {one.venue}: {one.state} in {one.seconds:.0f} s. {said}")
-        lines.append(f"  {one.report}/report.html")
-    lines += [
-        f"{r['symbol']} on {r['venue']} waits: {r['state']}, {r['attempts']} attempts"
-        for r in waiting
-    ]
-    return "\n".join(
-        lines or ["Nothing waits. --due looks at the schedule, --symbol asks for one market."]
-    )
-
-
-@guarded
-def retrain(
-    is_due: Annotated[bool, typer.Option("--due", help="Look at the schedule first.")] = False,
-    venue: Venue = "",
-    symbols: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option("--symbol", help="Train this market at once; repeatable."),
-    ] = None,
-    root: Root = None,
-    changes: Sets = None,
-    is_json: Json = False,
-) -> Answer:
-    "Renew the models that wait for it, each in a bounded process of its own."
-    from tradebook.base.journal import Journal
-    from tradebook.market.store import Store
-    from tradebook.ops.options import shown
-    from tradebook.trader.states import choose_market
-
-    settings = read_settings(changes, root)
-    place, now = settings.path("data"), WallClock().now_ns()
-    store, only = Store(place / "market"), None
-    if not store.listing():
-        raise DataError(f"the store at {store.root} is empty; fill it: tradebook import FOLDER")
-    with Journal(place / "journal.db") as journal, shown(is_json) as stages:
-        if symbols:
-            rows = [choose_market(store, venue, symbol) for symbol in symbols]
-            only = [(row["venue"], row["symbol"]) for row in rows]
-            for names in only:
-                journal.want_training(*names, Reason.ASKED, now, "by a person", is_at_once=True)
-        with stages.stage("schedule"):
-            due, wrong = queue_due(settings, journal, now, venue) if is_due else ([], {})
-        with stages.stage("retrain") as stage:
-            total = len(journal.takeable(now, settings.retrain.attempts, only))
-            done: list[Trained] = []
-
-            def move(one: Trained):
-                done.append(one)
-                stage.update(len(done), total, one.symbol)
-
-            retrain_all(settings, journal, only, on_done=move)
-        waiting = [r for r in journal.queue() if r["state"] in ("waiting", "running", "failed")]
-    status, code = summed_up(done)
-    data = {"ok": code == 0, "status": status, "trained": [one._asdict() for one in done]}
-    data |= {"due": [d._asdict() for d in due], "not_asked": wrong, "waiting": waiting}
-    return Answer(data, _lines(done, due, wrong, waiting), code)
