@@ -36,6 +36,7 @@ from tradebook.ops.options import (
 from .verbs_collect import collect, rehearse
 from .verbs_data import data_app
 from .verbs_dataset import dataset_app
+from .verbs_features import features_app
 from .verbs_import import export, import_
 
 # %% ../../nbs/ops/07_cli.ipynb #025b4832
@@ -50,6 +51,7 @@ app = typer.Typer(
 config_app = typer.Typer(no_args_is_help=True, help="Look at settings.", rich_markup_mode=None)
 app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
+app.add_typer(features_app, name="features")
 app.add_typer(dataset_app, name="dataset")
 
 # %% ../../nbs/ops/07_cli.ipynb #37bb4657
