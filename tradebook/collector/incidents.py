@@ -12,6 +12,8 @@ import os
 from enum import StrEnum
 from pathlib import Path
 
+from fastcore.basics import patch
+
 from ..base.errors import DataError
 from ..market.store import folder_name
 
@@ -163,23 +165,25 @@ class IncidentLog:
         self.tell(ts_ns, Incident.STOPPED)
         return ": ".join((code, detail)) if left else ""
 
-    def _write(self, ts_ns, until_ns, code, detail, **more):
-        row = {"ts_ns": int(ts_ns), "until_ns": int(until_ns), "symbol": self.symbol}
-        line = json.dumps({**row, "code": code, "detail": detail[:300], **more}) + "\n"
-        self._unwritten = [*self._unwritten[-1000:], line]
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        except OSError:
-            return
-        try:
-            while self._unwritten:
-                os.write(handle, self._unwritten[0].encode())
-                self._unwritten.pop(0)
-        except OSError:
-            pass  # the disk is full: it is tried again with the next line
-        finally:
-            os.close(handle)
+# %% ../../nbs/collector/02_incidents.ipynb #143a7acc
+@patch
+def _write(self: IncidentLog, ts_ns, until_ns, code, detail, **more):
+    row = {"ts_ns": int(ts_ns), "until_ns": int(until_ns), "symbol": self.symbol}
+    line = json.dumps({**row, "code": code, "detail": detail[:300], **more}) + "\n"
+    self._unwritten = [*self._unwritten[-1000:], line]
+    try:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    except OSError:
+        return
+    try:
+        while self._unwritten:
+            os.write(handle, self._unwritten[0].encode())
+            self._unwritten.pop(0)
+    except OSError:
+        pass  # the disk is full: it is tried again with the next line
+    finally:
+        os.close(handle)
 
 # %% ../../nbs/collector/02_incidents.ipynb #6ef9fc6e
 def how_it_ended(
