@@ -88,7 +88,7 @@ def add_band(
     for k, (i, j) in enumerate(_stretches(known)):
         outline = x[i:j] + x[i:j][::-1], high[i:j] + low[i:j][::-1]
         style = {"fill": "toself", "fillcolor": faded(color, opacity), "mode": "lines"}
-        style |= {"line": {"width": 0}, "hoverinfo": "skip", "legendgroup": name or color}
+        style |= {"line": {"width": 0}, "hoverinfo": "skip", "legendgroup": name or None}
         shown = {"name": name, "showlegend": bool(name) and k == 0}
         figure.add_scatter(x=outline[0], y=outline[1], **style, **shown, **where)
     return figure
