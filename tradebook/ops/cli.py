@@ -38,6 +38,7 @@ from .verbs_data import data_app
 from .verbs_dataset import dataset_app
 from .verbs_features import features_app
 from .verbs_import import export, import_
+from .verbs_retrain import retrain
 
 # %% ../../nbs/ops/07_cli.ipynb #025b4832
 app = typer.Typer(
@@ -142,6 +143,9 @@ def train(
         market = chosen_market(settings, venue, symbol)
         found = train_symbol(settings, *market, *span(start, stop), stages)
     return Answer({"ok": True, **found}, value_lines(found))
+
+# %% ../../nbs/ops/07_cli.ipynb #2231eb1c
+app.command()(retrain)
 
 # %% ../../nbs/ops/07_cli.ipynb #75b5a074
 @app.command()
