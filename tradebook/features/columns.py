@@ -224,7 +224,8 @@ _INTENSITY = (
     Feature("sign_persistence_60s", "ratio", False, "Same sign as before", "Lillo 2004", 60),
 )  # fmt: skip
 _TOXICITY = (
-    Feature("kyle_lambda_60s_bps", "bps", False, "Move for a typical level", "Kyle 1985", 60),
+    Feature("kyle_lambda_60s_bps", "bps", False, "Move for a typical level", "Kyle 1985", 60,
+            settles_s=600.0),
     Feature("amihud_60s_bps", "bps", False, "Move / traded typical level", "Amihud 2002", 60),
     Feature("vpin", "ratio", False, "One-sidedness by volume bucket", "Easley 2012", 5,
             scaling="near", settles_s=math.inf),
