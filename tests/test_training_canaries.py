@@ -246,8 +246,13 @@ def test_the_train_verb_fails_by_name_and_publishes_nothing(tmp_path, monkeypatc
     settings = SETTINGS.with_overrides({"paths.data": str(tmp_path)})
     pipeline.collect_events(tmp_path, market.events, of)
     assert Store(tmp_path / "market").listing()
-    labelled = pipeline.make_labels
-    monkeypatch.setattr(pipeline, "make_labels", lambda *a: np.roll(labelled(*a), -1))
+    load = pipeline.load_dataset
+
+    def shifted(*args):
+        held = load(*args)
+        return replace(held, labels=np.roll(held.labels, -1))
+
+    monkeypatch.setattr(pipeline, "load_dataset", shifted)
     with pytest.raises(LeakError, match="LEAK_TIMES"):
         pipeline.train_symbol(settings, of.venue, of.symbol)
     assert not (tmp_path / "models").exists()
