@@ -38,6 +38,7 @@ from .verbs_data import data_app
 from .verbs_dataset import dataset_app
 from .verbs_features import features_app
 from .verbs_import import export, import_
+from .verbs_models import models_app
 from .verbs_retrain import retrain
 
 # %% ../../nbs/ops/07_cli.ipynb #025b4832
@@ -52,6 +53,7 @@ app = typer.Typer(
 config_app = typer.Typer(no_args_is_help=True, help="Look at settings.", rich_markup_mode=None)
 app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
+app.add_typer(models_app, name="models")
 app.add_typer(features_app, name="features")
 app.add_typer(dataset_app, name="dataset")
 
