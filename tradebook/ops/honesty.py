@@ -68,7 +68,7 @@ def overfitting_figure(
 ) -> go.Figure:  # A point a way to cut the time
     "Draw what the winner of one half did on the other"
     found = page.overfitting
-    every = slice(None, None, max(1, len(found.inside) // 500))
+    every = slice(None, None, max(1, len(found.inside) // 300))
     x, y = found.inside[every].round(3), found.outside[every].round(3)
     marker = {"size": 4, "opacity": 0.45, "color": np.where(y > 0, GOOD, BAD)}
     figure = go.Figure(go.Scattergl(x=x, y=y, mode="markers", marker=marker, showlegend=False))
@@ -86,7 +86,7 @@ def concentration_figure(
     "Draw how many trades made the result"
     best = np.sort(np.asarray(net_bps, np.float64))[::-1]
     share, total = 100 * np.arange(len(best) + 1) / max(len(best), 1), np.r_[0.0, best.cumsum()]
-    some = np.unique(np.linspace(0, len(best), 400).astype(int))
+    some = np.unique(np.linspace(0, len(best), 150).astype(int))
     figure = go.Figure(go.Scatter(x=share[some], y=total[some].round(3), line_color=NET))
     figure.add_hline(y=float(total[-1]), line_color=GROSS, line_dash="dash", line_width=1)
     figure.update_traces(hovertemplate="best %{x:.1f} %: %{y:,.1f} bps<extra></extra>")
