@@ -8,16 +8,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tradebook.base.errors import DataError, SettingsError
-from tradebook.features.cross import CrossStream, build_cross, funding_streams, roles_of
+from tradebook.features.cross import (
+    CrossStream,
+    build_cross,
+    funding_streams,
+    mid_stream,
+    roles_of,
+)
 from tradebook.features.schema import feature_set
 from tradebook.features.trend import build_trend
-from tradebook.market.alignment import Stream, as_of, candle_stream, price_stream
+from tradebook.market.alignment import Stream, as_of, candle_stream
 from tradebook.market.candles import CANDLE, parse_interval
 from tradebook.market.events import FUNDING_UNITS, KIND_FUNDING, make_events
 from tradebook.market.freqtrade import read_candles
 from tradebook.market.funding import FUNDING, funding_of_events, read_funding
-from tradebook.market.prices import mid_prices
-from tradebook.market.quotes import quotes
 from tradebook.market.worlds import make_world
 
 BEGIN = 1_735_689_600 * 10**9  # 2025-01-01, midnight
@@ -198,8 +202,7 @@ def test_an_old_price_is_no_price():
 
 def mids(market):
     "A stream of the mids of a market"
-    told = mid_prices(quotes(market.events), market.instrument)
-    return price_stream(told, 5_000.0, market.events)
+    return mid_stream(market.events, market.instrument)
 
 
 @pytest.mark.parametrize("seed, lag_s", [(7, 0.3), (8, 1.0)])
@@ -343,6 +346,20 @@ def test_a_candle_that_comes_late_is_not_used_before():
     assert np.isnan(move[at[150]]), "at five seconds past the hour it was not there"
     assert np.isnan(move[at[151]]), "and a return over two hours is not one over one"
     assert not np.isnan(move[at[[149, 152]]]).any()
+
+
+def test_a_long_silence_is_passed_in_stretches(monkeypatch):
+    features = feature_set("lead_lag")
+    streams = made_streams(features, 9, 60.0, n_values=300)
+    until = max(int(s.ts_recv[-1]) for s in streams.values()) + 3_600 * SECOND
+    whole = run_live(streams, features, until)
+    monkeypatch.setattr("tradebook.features.cross.CHUNK", 777)
+    parts = run_live(streams, features, until)
+    assert len(whole[0]) > 3_600
+    assert whole[0].tolist() == parts[0].tolist()
+    assert whole[1].tobytes() == parts[1].tobytes()
+    history = build_cross(streams, features)
+    assert history.x.tobytes() == whole[1][: len(history.x)].tobytes()
 
 
 # --- refusals ----------------------------------------------------------------------------------
