@@ -175,7 +175,9 @@ def _execute(template: Path, out: Path, parameters: dict, cwd: Path, timeout_s: 
     except CellTimeoutError:
         text = f"a cell took more than {timeout_s:g} s and was stopped"
         return {"code": "cell_timeout", "kind": "CellTimeoutError", "error": text}
-    except DeadKernelError:
+    except RuntimeError as error:  # DeadKernelError is one; so is a kernel that died as it began
+        if not isinstance(error, DeadKernelError) and "ernel died" not in str(error):
+            raise
         text = "the kernel died, often for want of memory"
         return {"code": "kernel_died", "kind": "DeadKernelError", "error": text}
     return {"code": "ok", "kind": "", "error": ""}
