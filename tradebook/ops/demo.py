@@ -27,7 +27,7 @@ from ..market.synthetic import synthetic_market
 from .checks import limits
 from .child import TraderProcess
 from .funnel import explain, funnel, ranked_causes
-from .memory import MemoryWatch
+from .memory import MemoryWatch, give_back
 from tradebook.ops.pipeline import (
     Backtested,
     collect_events,
@@ -260,7 +260,8 @@ def run_demo(
     found |= {"imports": imports, "truth": made if truth is not None else {}, "fitted": fitted}
     net_bps, span_s = both.ruled.result.trades.net_bps, (row["end_ns"] - split_ns) / 1e9
     found["limits"] = [*limits(span_s, net_bps.to_numpy(float)), *fitted]
-    del both  # two replays of the market: the report is made by a process that reads it again
+    del both  # two replays of the market; the process of the report needs their room
+    give_back()
     found |= {"verdict": run_verdict(found, split_ns, row["end_ns"]), "folder": str(folder)}
     return _finish(found, folder, settings, stages, memory, begun, is_report_made)
 
