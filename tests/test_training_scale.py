@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,9 @@ from hypothesis import strategies as st
 import tradebook
 from tradebook.base.errors import DataError, SettingsError
 from tradebook.training import scale
+from tradebook.training.learners import Learner, parameters
+from tradebook.training.metrics import auc
+from tradebook.training.one_big_model import fit_on_cluster
 from tradebook.training.scale import connect, run_each, values
 
 HERE = Path(__file__).resolve().parent
@@ -143,10 +147,14 @@ def cluster(tmp_path_factory):
     until(place.exists)
     until(lambda: place.read_text().strip().endswith("}"))
     address = json.loads(place.read_text())["address"]
-    for _ in range(2):
+
+    def worker():
         options = ["--nthreads", "1", "--no-nanny", "--local-directory", str(folder)]
         start("dask_worker", address, *shared, *options)
-    yield address, processes[1:]
+        return processes[-1]
+
+    worker(), worker()
+    yield address, processes, worker
     for process in processes:
         process.kill()
         process.wait()
@@ -175,7 +183,7 @@ def ready(address, n):
 
 
 def test_a_cluster_answers_bit_for_bit_like_this_process(cluster):
-    address, _ = cluster
+    address, *_ = cluster
     ready(address, 1)
     seeds = list(range(20))
     here, there = run_each(spread_of, seeds, workers=0), run_each(spread_of, seeds, dask=address)
@@ -186,7 +194,7 @@ def test_a_cluster_answers_bit_for_bit_like_this_process(cluster):
 
 
 def test_a_cluster_of_other_versions_is_refused(cluster, monkeypatch):
-    address, _ = cluster
+    address, *_ = cluster
     ready(address, 1)
     monkeypatch.setattr(tradebook, "__version__", "another")
     with pytest.raises(SettingsError, match="would compute with other versions"):
@@ -202,9 +210,9 @@ def test_no_scheduler_and_no_address_are_named():
 
 
 def test_a_worker_killed_in_the_middle_costs_nothing_but_time(cluster, tmp_path):
-    address, workers = cluster
+    address, workers, _ = cluster
     ready(address, 2)
-    victim, killed = workers[0], []
+    victim, killed = workers[1], []
 
     def kill_one(done, total, name):
         if done == 2:
@@ -216,3 +224,60 @@ def test_a_worker_killed_in_the_middle_costs_nothing_but_time(cluster, tmp_path)
     assert values(done) == [n * n for n in range(12)]
     tried = [int(path.name.split("-")[0]) for path in tmp_path.iterdir()]
     assert len(tried) > len(set(tried)), "nothing was running on the worker that was killed"
+
+
+def read_part(folder, k):
+    "A part of a big matrix, and a mark that it was read"
+    (Path(folder) / f"read-{k}-{os.getpid()}").write_text("")
+    rng = np.random.default_rng(k)
+    x = rng.normal(size=(4_000, 6))
+    chance = 1 / (1 + np.exp(-(x[:, 0] + x[:, 1] * x[:, 2])))
+    return x, (rng.random(len(x)) < chance).astype(float)
+
+
+NAMES = [f"column_{k}" for k in range(6)]
+
+
+def big(address, folder, rounds, attempts=2):
+    "One forest on the cluster"
+    learner = Learner(rounds=rounds, leaves=15)
+    given = (24_000, NAMES, learner, address, attempts)
+    return fit_on_cluster(partial(read_part, str(folder)), list(range(6)), *given)
+
+
+def test_a_forest_survives_a_killed_worker_and_is_the_same_for_the_same_cluster(cluster, tmp_path):
+    import lightgbm
+
+    address, workers, another = cluster
+    alive = [w for w in workers[1:] if w.poll() is None]
+    alive += [another() for _ in range(2 - len(alive))]
+    ready(address, 2)
+    first = big(address, tmp_path, 30)
+    assert all(big(address, tmp_path, 30) == first for _ in range(2))
+    assert len({p.name.split("-")[2] for p in tmp_path.iterdir()}) == 2, "one worker read it all"
+    x, y = (
+        np.concatenate(half)
+        for half in zip(*map(partial(read_part, tmp_path), range(6)), strict=True)
+    )
+    learner = Learner(rounds=30, leaves=15)
+    local = lightgbm.train(parameters(learner, len(x)), lightgbm.Dataset(x, y), 30)
+    test_x, test_y = read_part(tmp_path, 99)
+    forest = lightgbm.Booster(model_str=first)
+    assert forest.feature_name() == NAMES
+    ours, theirs = (auc(one.predict(test_x), test_y > 0) for one in (forest, local))
+    assert ours > 0.7 and abs(ours - theirs) < 0.01
+
+    marks, found = tmp_path / "killed", []
+    marks.mkdir()
+    fitting = threading.Thread(target=lambda: found.append(big(address, marks, 400)))
+    fitting.start()
+    until(lambda: len(list(marks.iterdir())) >= 6)
+    time.sleep(1.0)
+    assert fitting.is_alive(), "the fit was over before the worker could be killed"
+    alive[0].kill()
+    fitting.join(60)
+    assert not fitting.is_alive() and len(found) == 1
+    assert lightgbm.Booster(model_str=found[0]).num_trees() == 400
+    with pytest.raises(DataError, match="part 3 could not be read"):
+        unreadable = refuse_odd
+        fit_on_cluster(unreadable, [3], 1, NAMES, Learner(), address)

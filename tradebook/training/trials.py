@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MINUTE_NS', 'result_series', 'side_by_side', 'Trials', 'variant_name', 'find_trials', 'honest_page', 'Record',
-           'forecast_record']
+           'forecast_record', 'qualify']
 
 # %% ../../nbs/training/48_trials.ipynb #169b35d1
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ import numpy as np
 
 from ..base.clock import NS_PER_S
 from ..base.errors import DataError
-from .honesty import Honesty, honesty
+from .honesty import Honesty, findings, honesty
 from .thresholds import results_at, taken
 
 # %% ../../nbs/training/48_trials.ipynb #d9ae3fee
@@ -154,3 +154,18 @@ def forecast_record(
     chosen = taken(p_up, min_confidence, start, end)
     span = int(start[0]), int(end.max())
     return Record(results_at(p_up, net, chosen), start[chosen], end[chosen], span)
+
+# %% ../../nbs/training/48_trials.ipynb #29eb0b85
+def qualify(
+    runs: Iterable[dict],  # Rows of the journal's runs, the judged one too
+    market: tuple[str, str],  # Venue and symbol
+    record: Record,  # Trades of the judged run
+    kind: str = "backtest",  # Kind of the runs
+) -> dict:  # JSON-able: n_trials, and findings with name, status, value, bound
+    "Qualify a record in a few lines"
+    trials = find_trials(runs, market, record.span, kind)
+    found = {"n_trials": len(trials.names), "findings": []}
+    if len(record.net_bps):
+        page = honest_page(record.net_bps, record.ts_in, record.ts_out, trials)
+        found["findings"] = [one._asdict() for one in findings(page)]
+    return found
