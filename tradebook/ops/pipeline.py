@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['collect_events', 'import_recordings', 'split_time', 'open_feed', 'TrainingSet', 'training_request', 'rebuild_first',
-           'build_training_set', 'model_facts', 'start_run', 'train_symbol', 'Backtested', 'forecast', 'replay',
-           'open_stretch', 'record_backtest', 'backtest_symbol']
+           'build_training_set', 'model_facts', 'start_run', 'backtest_record', 'series_of', 'train_symbol',
+           'Backtested', 'forecast', 'replay', 'open_stretch', 'record_backtest', 'backtest_symbol']
 
 # %% ../../nbs/ops/05_pipeline.ipynb #0cd8b5c4
 import math
@@ -43,6 +43,7 @@ from ..training.prediction import Predictor
 from ..training.publish import publish
 from ..training.reasons import Reasons
 from ..training.registry import ModelVersion, Registry, symbol_key
+from ..training.trials import Record, forecast_record, qualify, result_series
 
 # %% ../../nbs/ops/05_pipeline.ipynb #678cc75f
 def collect_events(
@@ -200,6 +201,24 @@ def start_run(
     return journal.start_run(kind, **hashes, code_version=tradebook.__version__, **what)
 
 # %% ../../nbs/ops/05_pipeline.ipynb #cdabc3d9
+def backtest_record(
+    result: BacktestResult,  # A replay
+    span: tuple[int, int],  # First and last moment that was replayed, ns
+) -> Record:  # Its trades
+    "Take the trades of a backtest as a record"
+    t = result.trades
+    into, out = (t[name].to_numpy(np.int64) for name in ("ts_in", "ts_out"))
+    last = max(int(span[1]), int(out.max(initial=0)))
+    return Record(t.net_bps.to_numpy(float), into, out, (int(span[0]), last))
+
+
+def series_of(
+    record: Record,  # Trades of a run
+) -> dict:  # As from `result_series`
+    "Write what a record earned, minute by minute"
+    return result_series(record.net_bps, record.ts_out, record.span)
+
+# %% ../../nbs/ops/05_pipeline.ipynb #06414e7c
 def train_symbol(
     settings: Settings,  # Features, labels, training
     venue: str,  # Name of the venue
@@ -223,11 +242,14 @@ def train_symbol(
             note["dataset"] = made.dataset
             key, now = symbol_key(venue, symbol), WallClock().now_ns()
             facts = model_facts(publish(model, root / "models", key, now, note))
+            forecasts = (model.p_up_out_of_fold, made.labels, settings.signal.min_confidence)
+            record = forecast_record(*forecasts)
         except TradebookError as error:
             journal.finish_run(run_id, "failed", {"error": str(error)})
             raise
-        journal.finish_run(run_id, "ok", facts)
-    return facts
+        journal.finish_run(run_id, "ok", {**facts, "series": series_of(record)})
+        honesty = qualify(journal.runs("training"), (venue, symbol), record, "training")
+    return {**facts, "honesty": honesty}
 
 # %% ../../nbs/ops/05_pipeline.ipynb #8a7eb348
 @dataclass(frozen=True)
@@ -318,7 +340,9 @@ def record_backtest(
     counts = {"n_events": len(done.feed.events), "n_book_messages": count_books(done.feed.events)}
     counts["n_rows"] = len(done.features)
     counts["n_predictions"] = sum(row["p_up"] is not None for row in done.result.decisions)
-    journal.finish_run(run_id, "ok", {**counts, **done.facts})
+    ts = done.feed.events["ts_recv"]
+    series = series_of(backtest_record(done.result, (ts[0], ts[-1])))
+    journal.finish_run(run_id, "ok", {**counts, **done.facts, "series": series})
 
 # %% ../../nbs/ops/05_pipeline.ipynb #df2ca74a
 def backtest_symbol(
@@ -342,5 +366,8 @@ def backtest_symbol(
             settings, feed, features, model.predictor, model.block, run_tag(run_id), stage
         )
         record_backtest(done, journal, run_id)
-    facts = {"run_id": run_id, "model_version": version, **done.facts}
+        ts = feed.events["ts_recv"]
+        record = backtest_record(done.result, (ts[0], ts[-1]))
+        honesty = qualify(journal.runs("backtest"), (venue, symbol), record)
+    facts = {"run_id": run_id, "model_version": version, **done.facts, "honesty": honesty}
     return Backtested(done.result, facts, feed, features, run_id)
