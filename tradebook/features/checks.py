@@ -132,8 +132,8 @@ def _unlike(a, b, f, tolerance):
     is_off = values_differ(a, b, tolerance)
     if f.is_near and is_off.any():
         known = np.isfinite(a) & np.isfinite(b)
-        size = np.abs(a[known]).mean() if known.any() else 0.0
-        is_off &= known & (np.abs(a - b)[known].mean() > 0.02 * size if size else False)
+        size = np.abs(a[known]).max() if known.any() else 0.0
+        is_off &= known & (np.abs(a - b)[known].mean() > 0.05 * size if size else False)
     return is_off
 
 
