@@ -147,6 +147,23 @@ def test_lag_columns_equal_their_definition():
     assert checked > 1
 
 
+@pytest.mark.parametrize("name", SETS)
+def test_each_column_speaks_exactly_after_its_warm_up(name):
+    features = feature_set(name)
+    streams = made_streams(features, 6, 700.0)
+    if name == "basis":
+        streams = {r: streams[r] for r in ("own", "spot")}
+        features = features.only("basis_bps", "basis_change_60s_bps", "basis_score_300s")
+    made = build_cross(streams, features)
+    first = max(int(s.ts_recv[0]) for s in streams.values())
+    row_s = features.interval_ms / 1e3
+    for k, f in enumerate(features.features):
+        known = ~np.isnan(made.x[:, k])
+        speaks_s = (int(made.ts[known.argmax()]) - first) / 1e9
+        assert f.warm_up_s - 0.1 <= speaks_s <= f.warm_up_s + 2 * row_s, f.name
+        assert known[known.argmax() :].all(), f.name
+
+
 @pytest.mark.parametrize("role", ["own", "spot"])
 def test_no_window_crosses_a_hole(role):
     features = feature_set("basis", 1_000).only("basis_change_60s_bps", "basis_score_300s")

@@ -21,7 +21,7 @@ class SlowFeature(Feature):
     @property
     def warm_up_s(self) -> float:  # Seconds after the start or a hole during which it is NaN
         "Say how long the column is unknown after the start or a hole"
-        return self.window_s
+        return self.window_s / 2 if self.is_bridging else self.window_s
 
 # %% ../../nbs/features/30_slow_columns.ipynb #8295ccc4
 FRAMES = ("30m", "1h", "4h", "1d")  # lengths of bars there are columns for
