@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tradebook.base.errors import DataError, SettingsError
+from tradebook.collector.wire_files import read_frames
 from tradebook.features.cross import (
     CrossStream,
     build_cross,
@@ -347,6 +348,25 @@ def test_hourly_leader_on_real_candles(recordings):
     move = 1e4 * np.log(btc["close"][k] / btc["close"][k - 1])
     assert abs(made.column("leader_return_1h_bps")[at] - move) < 1e-3
     assert made.ts[at] - btc["ts_close"][k] == 5 * SECOND
+
+
+@pytest.mark.recordings
+def test_recorded_perpetual_and_spot(recordings):
+    streams = {}
+    for role, name in (("own", "spot_btcusdt"), ("leader", "usdm_btcusdt")):
+        made = read_frames(recordings / f"binance/{name}_20240808.gz")
+        streams[role] = mid_stream(made.events, made.instrument)
+    begin = max(int(s.ts_recv[0]) for s in streams.values())
+    minute = {r: cut_stream(s, begin + 60 * SECOND, False) for r, s in streams.items()}
+    features = feature_set("lead_lag", 100)
+    history = build_cross(minute, features)
+    until = max(int(s.ts_recv[-1]) for s in minute.values())
+    ts, x = run_live(minute, features, until)
+    assert len(ts) > 500
+    assert x.tobytes() == history.x.tobytes()
+    full = build_cross(streams, features)
+    assert full.x[: len(x)].tobytes() == x.tobytes(), "the recording's future changes nothing"
+    assert np.nanmax(full.column("lead_correlation_300s")) > 0.4
 
 
 def test_a_candle_that_comes_late_is_not_used_before():
