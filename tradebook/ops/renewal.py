@@ -35,7 +35,7 @@ from tradebook.training.contest import (
 from ..training.drift import Drift, calibration_change, measure_drift
 from ..training.gate import Judgement, Outcome, Reason, judge, settle
 from ..training.metrics import time_blocks
-from ..training.model import DirectionModel, fit_booster, predict_text
+from ..training.model import DirectionModel, fit_booster, fit_direction, predict_text
 from ..training.outliers import OutlierGuard
 from ..training.prediction import Predictor
 from ..training.publish import Dossier, data_facts, publish
@@ -330,5 +330,8 @@ def example_market(
     collect_events(root, market.events, market.instrument)
     first, last = (int(market.events["ts_recv"][i]) for i in (0, -1))
     names, cut = (market.instrument.venue, market.instrument.symbol), first + share * (last - first)
-    put_in_force(settings, renew(settings, *names, None, int(cut)))
+    made = build_training_set(settings, *names, None, int(cut), Stages(is_shown=False))
+    model = fit_direction(made.features.x, made.labels, made.features.feature_set, settings)
+    note = {"normal": normal_facts(made, model)}
+    publish(model, root / "models", symbol_key(*names), WallClock().now_ns(), note)
     return settings
