@@ -149,6 +149,42 @@ def test_a_registry_from_before_the_history_goes_on(five):
     assert rollback(root, KEY).version == names[0]
 
 
+def test_promotion_leads_out_of_every_damage_it_can(five):
+    root, names = five
+    folder, registry = root / KEY, Registry(root)
+    promote(root, KEY, names[0])
+    promote(root, KEY, names[1])
+    (folder / "current").write_text('{"version": ')  # a damaged marker
+    with pytest.raises(ModelError, match="current: damaged"):
+        registry.current(KEY)
+    promote(root, KEY, names[2])
+    assert registry.in_force_before(KEY) == names[:2]
+    (folder / "history.jsonl").write_text("")  # a history that lost its lines
+    with pytest.raises(ModelError, match="lines are missing"):
+        registry.history(KEY)
+    promote(root, KEY, names[3])
+    assert registry.in_force_before(KEY) == [names[2]]
+    assert "lines are missing" in registry.history(KEY)[0]["note"]
+    (folder / "history.jsonl").write_text("{}\n")  # one that was edited is for a person to judge
+    with pytest.raises(ModelError, match=r"history.jsonl, line 1: was edited.*move it away"):
+        promote(root, KEY, names[4])
+    assert registry.current_version(KEY) == names[3]
+    (folder / "history.jsonl").unlink()
+    assert promote(root, KEY, names[4]).version == registry.current_version(KEY)
+    with pytest.raises(ModelError, match="no version|is not there"):
+        promote(root, "typo_A-B", names[0])
+    assert registry.symbols() == [KEY]
+
+
+def test_a_reader_between_marker_and_line_is_not_alarmed(five):
+    root, names = five
+    promote(root, KEY, names[0])
+    old = (root / KEY / "current").read_bytes()
+    promote(root, KEY, names[1])
+    (root / KEY / "current").write_bytes(old)  # as a reader who looked at the marker first
+    assert [row["version"] for row in Registry(root).history(KEY)] == names[:2]
+
+
 def test_a_refused_attempt_changes_nothing_but_the_record(five):
     root, names = five
     promote(root, KEY, names[0])

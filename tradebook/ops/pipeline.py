@@ -40,7 +40,7 @@ from ..training.canaries import Canary, check_rebuilt, fit_checked
 from ..training.datasets import load_dataset
 from ..training.label_sets import label_set
 from ..training.prediction import Predictor
-from ..training.publish import publish
+from ..training.publish import Dossier, data_facts, publish
 from ..training.reasons import Reasons
 from ..training.registry import ModelVersion, Registry, symbol_key
 from ..training.trials import Record, forecast_record, qualify, result_series
@@ -226,6 +226,7 @@ def train_symbol(
     start_ns: int | None = None,  # First moment, ns UTC; None: the beginning
     stop_ns: int | None = None,  # End, exclusive, ns UTC; None: the end
     stages: Stages | None = None,  # Features, labels and train are a stage each
+    is_promoted: bool = True,  # False: register it, leave the model in force alone
 ) -> dict:  # As from `model_facts`
     "Train a model on a stretch of the store and publish it; the job is journaled, also when it fails"
     stages, root = stages or Stages(is_shown=False), settings.path("data")
@@ -241,7 +242,15 @@ def train_symbol(
             note = {"n_events": made.n_events, "venue": venue, "symbol": symbol}
             note["dataset"] = made.dataset
             key, now = symbol_key(venue, symbol), WallClock().now_ns()
-            facts = model_facts(publish(model, root / "models", key, now, note))
+            data = data_facts(Store(root / "market"), venue, symbol, start_ns, stop_ns)
+            kept = {name: settings.to_dict()[name] for name in ("features", "labels", "training")}
+            tried = [
+                r for r in journal.runs("training") if (r["venue"], r["symbol"]) == (venue, symbol)
+            ]
+            trials = {"study": "tradebook train", "n_trials": len(tried)}
+            dossier = Dossier(data=data, settings=kept, trials=trials)
+            where = root / "models", key, now, note, is_promoted, dossier
+            facts = model_facts(publish(model, *where))
             forecasts = (model.p_up_out_of_fold, made.labels, settings.signal.min_confidence)
             record = forecast_record(*forecasts)
         except TradebookError as error:

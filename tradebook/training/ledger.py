@@ -58,7 +58,8 @@ def only_writer(
     folder: Path,  # Folder that holds the ledger
 ) -> Iterator[None]:
     "Keep other writers of a folder out"
-    folder.mkdir(parents=True, exist_ok=True)
+    if not folder.is_dir():
+        raise ModelError(f"{folder}: is not there; publish a model first")
     with open(folder / ".lock", "a") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield

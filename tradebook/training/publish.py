@@ -19,7 +19,7 @@ import tradebook
 from ..base.clock import WallClock
 from ..base.errors import ModelError
 from ..market.store import Store, write_durably
-from .ledger import add_line, only_writer, seal
+from .ledger import add_line, only_writer, read_lines, seal
 from .model import DirectionModel
 from tradebook.training.registry import (
     ModelVersion,
@@ -178,26 +178,47 @@ def write_version(
 # %% ../../nbs/training/05_publish.ipynb #f8bbeeed
 def _change(root, symbol_key, version, action, who, reasons, at_ns, extra) -> ModelVersion:
     "Change the marker and write the change down; the folder's lock is held"
-    registry, folder = Registry(root), Path(root) / symbol_key
-    model, marker = registry.load(symbol_key, version), registry.marker(symbol_key)
-    path, known = folder / "history.jsonl", registry.history(symbol_key)
-    if marker and not known:  # put in force before there was a history
-        add_line(path, {"action": "found", "version": marker["version"], "at_ns": at_ns})
-    elif marker and "record" in marker:
-        _catch_up(path, known[-1])
-    facts = {"action": action, "version": version, "replaced": marker and marker["version"]}
+    model, path = (
+        Registry(root).load(symbol_key, version),
+        Path(root) / symbol_key / "history.jsonl",
+    )
+    replaced = _catch_up(Registry(root), symbol_key, path, at_ns)
+    facts = {"action": action, "version": version, "replaced": replaced}
     facts |= {"at_ns": at_ns, "who": who, "reasons": list(reasons), **extra}
     record = seal(path, {**facts, "has_edge": model.move_slope_bps > 0})
     content = {"version": version, "digest": model.facts["digest"], "record": record}
-    write_durably(folder / "current", lambda t: t.write_text(json.dumps(content, allow_nan=False)))
+    write_durably(
+        path.with_name("current"), lambda t: t.write_text(json.dumps(content, allow_nan=False))
+    )
     add_line(path, record)
     return model
 
 
-def _catch_up(path: Path, last: dict):
-    "Write the last change down if a dead process did not come to it"
-    if seal(path, {})["before"] != last["digest"]:
-        add_line(path, last)
+def _catch_up(registry: Registry, symbol_key: str, path: Path, at_ns: int) -> str | None:
+    "Bring the history up to the marker, and say which version is in force"
+    lines = read_lines(path)
+    try:
+        marker, known = registry.marker(symbol_key), registry.history(symbol_key)
+    except ModelError as error:  # a damaged marker, or lines lost: say so, and go on from here
+        marker, known = _in_force(registry, symbol_key), []
+        if marker is None:
+            return lines[-1]["version"] if lines else None
+        found = {"action": "found", "version": marker["version"], "note": str(error)}
+        add_line(path, {**found, "at_ns": at_ns})
+        return marker["version"]
+    if marker and not known and not lines:  # put in force before there was a history
+        add_line(path, {"action": "found", "version": marker["version"], "at_ns": at_ns})
+    elif len(known) > len(lines):  # a dead process did not come to its line
+        add_line(path, known[-1])
+    return marker and marker["version"]
+
+
+def _in_force(registry: Registry, symbol_key: str) -> dict | None:
+    "Read the marker; None when there is none that can be read"
+    try:
+        return registry.marker(symbol_key)
+    except ModelError:
+        return None
 
 
 def promote(
@@ -212,7 +233,8 @@ def promote(
     "Put a version in force, after reading it as a trader would"
     at_ns = WallClock().now_ns() if at_ns is None else at_ns
     with only_writer(Path(root) / symbol_key):
-        if Registry(root).current_version(symbol_key) == version:
+        marker = _in_force(Registry(root), symbol_key)
+        if marker and marker["version"] == version:
             return Registry(root).current(symbol_key)  # a change that changes nothing
         return _change(root, symbol_key, version, "promote", who, reasons, at_ns, extra)
 
