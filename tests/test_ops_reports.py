@@ -23,7 +23,7 @@ FLAGS = [
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
 ]
 MARK = ".overplot .trace path, .overplot .hm image"  # A bar, line, point or map that plotly drew
-REPORTS = ("backtest", "data_quality", "diagnosis", "labels")
+REPORTS = ("backtest", "data_quality", "diagnosis", "labels", "retrain")
 FIGURE = """
 import plotly.graph_objects as go
 go.Figure(go.Scatter(y=[1, 3, 2, value]))
