@@ -87,6 +87,9 @@ def plan_market(
     require_coverage(opened, venue, symbol, low, high, request.min_coverage)
     chosen = opened._chosen(venue, symbol, low, high)
     span = max(low, chosen[0].start_ns), min(high, max(p.end_ns for p in chosen) + 1)
+    if span[0] >= span[1]:
+        text = f"the end of the stretch must lie behind its start {utc_text(span[0])}"
+        raise DataError(f"{venue} {symbol}: {text}, was {utc_text(span[1])}")
     parts = [replace(p, holes=[]) for p in opened.parts(venue, symbol)]
     recipe = Recipe(Path(store), Path(root), venue, symbol, request.features, request.labels)
     runs = [plan_run(parts, run, request.labels, *span) for run in day_runs(parts)]
