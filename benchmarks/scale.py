@@ -8,10 +8,11 @@ fit, its measures.
 Two kinds of day: the synthetic market's, and recordings beside the project where there are any, one of a venue that
 sends a book each second, one of a venue that sends a hundred messages a second, of which there are minutes only.
 
-    python benchmarks/scale.py [--json] [--hours 24] [--symbols 500] [--days 365] [--training-days 14]
+    python benchmarks/scale.py [--json] [--hours 24] [--symbols 500] [--days 365]
 """
 
 import json
+import tempfile
 import time
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from tradebook.features.rows import build_features
 from tradebook.features.schema import feature_set
 from tradebook.labels.barriers import make_labels
 from tradebook.market.quotes import quotes
+from tradebook.market.store import Store
 from tradebook.training.canaries import fit_checked
 from tradebook.training.scale import run_each, values
 
@@ -66,7 +68,12 @@ def price(case):
     source, argument, horizon_s, is_trained = case
     settings = load_settings(environment={}, overrides={"labels.horizon_s": horizon_s})
     columns = feature_set(settings.features.set, settings.features.interval_ms)
-    (events, of), read_s = measured(lambda: source(argument))
+    events, of = source(argument)
+    with tempfile.TemporaryDirectory() as folder:
+        store = Store(Path(folder))
+        _, write_s = measured(lambda: store.write(events, of, "benchmark"))
+        disk_mb = sum(p.stat().st_size for p in Path(folder).rglob("*.parquet")) / 1e6
+        events, read_s = measured(lambda: store.read(of.venue, of.symbol, None, None))
 
     def features_of(part):
         return build_features(part, of, columns, settings.features.max_age_ms)
@@ -91,7 +98,9 @@ def price(case):
         "rows": len(features),
         "columns": features.x.shape[1],
         "known": int(np.count_nonzero(labels["is_valid"])),
+        "write_s": write_s,
         "read_s": read_s,
+        "disk_mb": disk_mb,
         "features_s": features_s,
         "labels_s": labels_s,
         "training_s": training_s,
@@ -113,21 +122,20 @@ def cases(hours):
 def a_day(one):
     "The same stretch as a whole day: events and rows grow with the time, and so does the work"
     times = 24 / one["hours"]
-    day = {k: one[k] * times for k in ("events", "rows", "features_s", "labels_s", "event_mb")}
-    return {**day, "row_mb": one["row_mb"] * times}
+    costs = ("read_s", "features_s", "labels_s", "disk_mb", "event_mb", "row_mb")
+    return {k: one[k] * times for k in ("events", "rows", *costs)}
 
 
 def plan(day, training_s, args):
     "Processor hours of all symbols and days, and days of waiting on N workers"
     n = args.symbols * args.days
-    making_h = n * (day["features_s"] + day["labels_s"]) / 3_600
-    trainings = args.symbols * args.days / args.training_days
-    training_h = trainings * args.training_days * (training_s or 0.0) / 3_600
+    making_h = n * (day["read_s"] + day["features_s"] + day["labels_s"]) / 3_600
+    training_h = n * training_s / 3_600  # each day is trained on once: windows follow each other
     whole_h = making_h + training_h
     return {
         "making_h": making_h,
         "training_h": training_h,
-        "events_tb": n * day["event_mb"] / 1e6,
+        "disk_tb": n * day["disk_mb"] / 1e6,
         "rows_tb": n * day["row_mb"] / 1e6,
         "days_on": {w: whole_h / w / 24 for w in WORKERS},
     }
@@ -135,18 +143,20 @@ def plan(day, training_s, args):
 
 def main():
     "Measure and print"
-    args = options(__doc__, hours=24.0, symbols=500, days=365, training_days=14)
+    args = options(__doc__, hours=24.0, symbols=500, days=365)
     chosen = cases(args.hours)
     done = []
     for name, case in chosen.items():  # one after another: each has the machine to itself
         done += run_each(price, [case], [name], workers=1)
     values(done)
-    training = {o.name: o.value["training_s"] for o in done if o.value["training_s"]}
+    training = {  # processor seconds a day of rows
+        o.name: o.value["training_s"] * 24 / o.value["hours"] for o in done if o.value["training_s"]
+    }
     rows = []
     for one in done:
         day = a_day(one.value)
-        # a stretch that is too short to train on has as many rows a day as the first case
-        cost = training.get(one.name, next(iter(training.values())) * 24 / done[0].value["hours"])
+        # a stretch too short to train on has as many rows a day as the synthetic one
+        cost = training.get(one.name, training[done[0].name])
         row = {"case": one.name, **one.value, "peak_mb": one.peak_mb, "day": day}
         rows.append({**row, **plan(day, cost, args)})
     head = header("numpy", "numba", "lightgbm", symbols=args.symbols, days=args.days)
@@ -165,18 +175,18 @@ def main():
         print(
             f"  processor: features {r['features_s']:.2f} s, labels {r['labels_s']:.2f} s, ", end=""
         )
-        print(f"training {told}; reading the file {r['read_s']:.1f} s; peak {r['peak_mb']:,.0f} MB")
+        print(f"training {told}; from the store {r['read_s']:.2f} s; peak {r['peak_mb']:,.0f} MB")
         d = r["day"]
         print(
             f"  a symbol-day: {d['features_s']:.1f} s features, {d['labels_s']:.2f} s labels, ",
             end="",
         )
-        print(f"{d['event_mb']:,.0f} MB of events, {d['row_mb']:,.1f} MB of rows")
+        print(f"{d['disk_mb']:,.0f} MB on disk, {d['row_mb']:,.1f} MB of rows")
         print(
             f"  {args.symbols} symbols, {args.days} days: {r['making_h']:,.0f} processor hours to ",
             end="",
         )
-        print(f"make, {r['training_h']:,.0f} to train; {r['events_tb']:.1f} TB of events in memory")
+        print(f"make, {r['training_h']:,.0f} to train; {r['disk_tb']:.1f} TB on disk")
         print("  days on N workers: " + ", ".join(f"{w}: {t:.1f}" for w, t in r["days_on"].items()))
 
 
