@@ -137,14 +137,16 @@ def train(
     changes: Sets = None,
     is_json: Json = False,
 ) -> Answer:
-    "Train a model on what is in the store, and publish it."
-    from tradebook.ops.pipeline import train_symbol
+    "Train a model on what is in the store; it takes over if none is in force, or if it wins."
+    from tradebook.ops.compete import train_and_compete
 
     settings = read_settings(changes, root)
     with shown(is_json) as stages:
         market = chosen_market(settings, venue, symbol)
-        found = train_symbol(settings, *market, *span(start, stop), stages)
-    return Answer({"ok": True, **found}, value_lines(found))
+        found = train_and_compete(settings, *market, *span(start, stop), stages)
+    place = "in force" if found["is_promoted"] else "registered, not in force"
+    told = f"{place}: {', '.join(found['reasons'])}\nNext: tradebook models show latest."
+    return Answer({"ok": True, **found}, f"{value_lines(found)}\n{told}")
 
 # %% ../../nbs/ops/07_cli.ipynb #2231eb1c
 app.command()(retrain)
