@@ -111,7 +111,7 @@ def champion_drift(
 ) -> tuple[Drift | None, str]:  # The answers; why there are none
     "Ask whether the market is still the one the champion learned"
     ts, x, labels = made.labels["ts_start"], made.features.x, made.labels
-    before = ts <= int(champion.facts["ts_last"])
+    before = (ts <= int(champion.facts["ts_last"])) & (made.features.n_nan == 0)  # as `since`
     since = np.flatnonzero(np.isfinite(p_champion))
     span = min(
         settings.retrain.recent_hours * 3.6e12, 0.2 * np.ptp(ts[before]) if before.any() else 0
