@@ -20,6 +20,7 @@ import typer
 from ..base.errors import DataError, SettingsError
 from .answers import Answer, fail, guarded, write
 from tradebook.ops.options import (
+    Dask,
     From,
     Json,
     Root,
@@ -27,6 +28,7 @@ from tradebook.ops.options import (
     Symbol,
     To,
     Venue,
+    Workers,
     chosen_market,
     read_settings,
     shown,
@@ -133,20 +135,31 @@ def train(
     symbol: Symbol = "",
     start: From = "",
     stop: To = "",
+    is_every: Annotated[bool, typer.Option("--every", help="Train all markets that fit.")] = False,
+    workers: Workers = None,
+    dask: Dask = "",
     root: Root = None,
     changes: Sets = None,
     is_json: Json = False,
 ) -> Answer:
     "Train a model on what is in the store; it takes over if none is in force, or if it wins."
     from tradebook.ops.compete import train_and_compete
+    from tradebook.ops.many import many_answer, stored_markets, train_many, trained_lines
 
     settings = read_settings(changes, root)
     with shown(is_json) as stages:
+        if is_every or dask or workers is not None:
+            markets = stored_markets(settings, venue, symbol)
+            with stages.stage("train") as stage:
+                given = (span(start, stop), workers, dask, stage.update)
+                found, text = many_answer(train_many(settings, markets, *given))
+            return Answer(found, text, 0 if found["ok"] else 1)
         market = chosen_market(settings, venue, symbol)
         found = train_and_compete(settings, *market, *span(start, stop), stages)
     place = "in force" if found["is_promoted"] else "registered, not in force"
     told = f"{place}: {', '.join(found['reasons'])}\nNext: tradebook models show latest."
-    return Answer({"ok": True, **found}, f"{value_lines(found)}\n{told}")
+    lines = f"{value_lines(found)}\n{trained_lines(found)}\n{told}"
+    return Answer({"ok": True, **found}, lines)
 
 # %% ../../nbs/ops/07_cli.ipynb #2231eb1c
 app.command()(retrain)

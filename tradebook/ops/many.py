@@ -47,11 +47,11 @@ def train_market(
     root: str,  # Data root, as the worker sees it
     span: tuple[int | None, int | None],  # First moment and end, ns UTC; None: all
     market: tuple[str, str],  # Venue and symbol
-) -> dict:  # As from `train_symbol`
+) -> dict:  # As from `train_and_compete`
     "Train one market, in whatever process this is"
-    from tradebook.ops.pipeline import train_symbol
+    from tradebook.ops.compete import train_and_compete
 
-    return train_symbol(read_settings(words, Path(root)), *market, *span)
+    return train_and_compete(read_settings(words, Path(root)), *market, *span)
 
 # %% ../../nbs/ops/30_many.ipynb #74f40b27
 def train_many(
@@ -61,7 +61,7 @@ def train_many(
     workers: int | None = None,  # Processes; None: one a core; 0: this one
     dask: str = "",  # Address of a Dask scheduler instead, such as tcp://127.0.0.1:8786
     progress: Callable[[int, int, str], None] | None = None,  # (done, all, name) after each
-) -> list[Outcome]:  # One a market, in order; the value as from `train_symbol`
+) -> list[Outcome]:  # One a market, in order; the value as from `train_and_compete`
     "Train many markets, each on its own"
     work = partial(
         train_market, settings_words(settings), str(settings.path("data").resolve()), span
