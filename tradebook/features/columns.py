@@ -173,6 +173,8 @@ _COST = (
     ),
     Feature("roll_60s_bps", "bps", False, "Spread from trade prices alone", "Roll 1984", 60),
 )  # fmt: skip
+
+# %% ../../nbs/features/00_columns.ipynb #ca124651
 _DEPTH = (
     *(
         Feature(f"imbalance_{w}bps", "ratio", True, f"Bid share of value within {w} bps",
@@ -194,6 +196,8 @@ _DEPTH = (
     *_pair("{}_resilience", "ratio", "Share of swept {} size that is back", "Foucault 2005"),
     Feature("since_sweep_s", "s", False, "Since a sweep, 60 at most", "plain"),
 )  # fmt: skip
+
+# %% ../../nbs/features/00_columns.ipynb #1f9b23d3
 _ORDERS = (
     Feature("add_rate_5s", "1/s", False, "Size placed a second / typical", "Cont 2010", 5),
     Feature("remove_rate_5s", "1/s", False, "Size withdrawn or hit / typical", "Cont 2010", 5),
@@ -236,6 +240,8 @@ _TOXICITY = (
     Feature("through_rate_20s", "1/s", False, "Trades beyond the best price", "plain", 20),
     Feature("through_flow_60s", "ratio", True, "Signed size beyond it / volume", "plain", 60),
 )  # fmt: skip
+
+# %% ../../nbs/features/00_columns.ipynb #664616a0
 _VARIATION = (
     *(
         Feature(f"bipower_{w}s_bps", "bps", False, f"Volatility without jumps, per {w} s",

@@ -148,7 +148,7 @@ def desk_forget(
     candle_hole(desk.candles)
     microprice_hole(desk.table, desk.scale)
 
-
+# %% ../../nbs/features/16_desk.ipynb #c6dcb99c
 @njit(cache=True, nogil=True, no_cfunc_wrapper=True)
 def desk_trade(
     desk: Desk,  # Changed in place
@@ -175,7 +175,7 @@ def desk_trade(
     if place[CANDLE] >= 0:
         candle_step(desk.candles, price_ticks)
 
-
+# %% ../../nbs/features/16_desk.ipynb #0b39c30f
 @njit(cache=True, nogil=True, no_cfunc_wrapper=True)
 def desk_book(
     desk: Desk,  # Changed in place
@@ -225,7 +225,7 @@ def desk_beat(
     if place[MICROPRICE] >= 0:
         microprice_beat(now[:, 0], desk.table, desk.scale, desk.decay[2])
 
-
+# %% ../../nbs/features/16_desk.ipynb #02d84461
 @njit(cache=True, nogil=True, no_cfunc_wrapper=True)
 def desk_store(
     desk: Desk,  # Its ring is changed
