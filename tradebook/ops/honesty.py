@@ -35,7 +35,15 @@ def honesty_checks(
     bound = f"variants over this stretch in the journal, {many}"
     bound += f"; {unknown} more run{'s' if unknown > 1 else ''} kept no result" if unknown else ""
     counted = Check("Trials", "note", f"{n:,}" if trials else "unknown", bound)
-    return [counted, *(Check(*one) for one in findings(page))]
+    return [counted, *(_tile(*one) for one in findings(page))]
+
+
+def _tile(name: str, status: str, value: str, bound: str) -> Check:
+    "Fit a finding into a tile: the number large, what explains it small"
+    number, comma, more = value.partition(", ")
+    if status == "note":
+        number, more, comma = "unknown", value, ", "
+    return Check(name, status, number, f"{more}; {bound}" if comma else bound)
 
 # %% ../../nbs/ops/29_honesty.ipynb #e401820f
 def trials_figure(
