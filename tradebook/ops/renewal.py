@@ -198,7 +198,7 @@ def judged(
     needed = None if champion.is_expired else theirs
     return judge(mine, needed, window, known=known, has_edge=has_edge), duel
 
-
+# %% ../../nbs/ops/27_renewal.ipynb #e9f38644
 def gate_checks(
     found: Judgement,  # From the gate
 ) -> list[Check]:  # gain, calibration, turnover, and the reasons
@@ -246,7 +246,7 @@ class Renewal:
     decision: Judgement  # Whether it takes over
     data: dict = field(default_factory=dict)  # Row of Store.listing()
 
-
+# %% ../../nbs/ops/27_renewal.ipynb #8e4eb598
 def _ask(made: TrainingSet, model: DirectionModel, settings: Settings) -> pd.DataFrame:
     "Draw the learning curve of a model's own rows"
     usable = np.flatnonzero((made.features.n_nan == 0) & made.labels["is_valid"])
@@ -258,7 +258,7 @@ def _ask(made: TrainingSet, model: DirectionModel, settings: Settings) -> pd.Dat
 
     return learning_curve(fit, labels, round(settings.training.embargo_s * 1e9))
 
-
+# %% ../../nbs/ops/27_renewal.ipynb #f4f3f0f7
 def renew(
     settings: Settings,  # In force; paths.data is the data root
     venue: str,  # Name of the venue
@@ -302,7 +302,7 @@ def renew(
     found = (champion, duel, drift, why, learning, thresholds, leaning, decision, row)
     return Renewal(venue, symbol, made, model, version, *found)
 
-
+# %% ../../nbs/ops/27_renewal.ipynb #2a84b1f9
 def put_in_force(
     settings: Settings,  # paths.data is the data root
     done: Renewal,  # With the gate's word

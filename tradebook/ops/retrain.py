@@ -29,7 +29,7 @@ class Due(NamedTuple):
     reason: Reason  # One of the closed list
     detail: str  # What exactly was seen
 
-
+# %% ../../nbs/ops/28_retrain.ipynb #90343b1d
 def live_results(
     journal,  # A journal
     venue: str,  # Name of the venue
@@ -50,7 +50,7 @@ def live_results(
         return pd.DataFrame({"net_bps": [], "ts_in": [], "ts_out": []})
     return pd.concat(known).sort_values("ts_in", ignore_index=True)
 
-
+# %% ../../nbs/ops/28_retrain.ipynb #a1c63392
 def why_due(
     settings: Settings,  # paths.data, training.max_age_days, [retrain]
     journal,  # Its journal
@@ -81,7 +81,7 @@ def why_due(
         return Due(*names, Reason.DECAYED, said)
     return _drifted(settings, names, one.model)
 
-
+# %% ../../nbs/ops/28_retrain.ipynb #a25a809d
 def _drifted(settings: Settings, names: tuple[str, str], champion) -> Due | None:
     "Ask whether the market has left what its model learned"
     from tradebook.ops.pipeline import build_training_set
@@ -161,7 +161,7 @@ def oom_kills() -> int:  # Processes ended for want of memory since boot; 0 wher
         return 0
     return int(rows.get("oom_kill", 0))
 
-
+# %% ../../nbs/ops/28_retrain.ipynb #12aada64
 def name_end(
     ended: Ended,  # As the parent saw it
     result: dict,  # What result.json holds; empty when there is none

@@ -164,7 +164,7 @@ def _columns(one: Stability, name: str) -> DriftCheck:
     bound = f"farthest: {first['name']}, PSI {first.psi:.2f}, ordinary stretches allow {first.bound:.2f}"
     return DriftCheck(name, "warn" if one.moved else "pass", value, bound)
 
-
+# %% ../../nbs/training/37_drift.ipynb #577466c0
 class Drift(NamedTuple):
     "How far recent rows lie from what the model learned"
 
@@ -202,7 +202,7 @@ class Drift(NamedTuple):
         status = bad if self.together.is_moved else "pass"
         return [*found, DriftCheck("Together", status, f"{self.together.auc:.3f}", text)]
 
-
+# %% ../../nbs/training/37_drift.ipynb #7c52d96c
 def measure_drift(
     reference: np.ndarray,  # Rows of the training window, (N, F), oldest first
     ts_reference: np.ndarray,  # Their times, (N,), int64 ns
