@@ -13,6 +13,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -221,7 +222,8 @@ def run_bounded(
     finally:
         end_processes(watch.seen)
         process.wait()
-        process.stdin.close()
+        with suppress(BrokenPipeError):  # a line that was never read
+            process.stdin.close()
         out["stdout"].close()
     by_itself = found is None
     code, detail = _ending(process.returncode, log) if by_itself else found
