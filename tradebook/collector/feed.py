@@ -134,7 +134,10 @@ def tick(self: Feed):
     if self.torn and self.sink.has_room():
         torn, self.torn = self.torn, set()
         for symbol in torn:
-            self.resync(symbol)
+            if not self.lines[
+                self.ids[symbol]
+            ].is_alive:  # else a snapshot came since the last drop
+                self.resync(symbol)
     if jump := self.venue_clock.check(now):
         self.tell_all(Incident.VENUE_CLOCK, f"venue's clock moved by {jump / NS_PER_S:+.1f} s")
     if not self.ready.is_set() and all(self.state(s) == "live" for s in self.ids):

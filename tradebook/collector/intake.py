@@ -288,7 +288,7 @@ def _reject(self: Intake, words: str):
 def tear(self: Intake, symbol: str, words: str, code: str = Incident.BACKPRESSURE):
     "End a symbol's book because something of it was dropped by us"
     self.tallies[symbol]["n_dropped"] += 1
+    self.decoder.reset(self.ids[symbol])
     if symbol not in self.torn:
         self.torn.add(symbol)
         self.incident(symbol, code, words)
-        self.decoder.reset(self.ids[symbol])
