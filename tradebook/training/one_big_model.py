@@ -8,6 +8,7 @@ __all__ = ['holders', 'hung_up_when_gone', 'fit_on_cluster', 'named']
 # %% ../../nbs/training/46_one_big_model.ipynb #d425476a
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -101,6 +102,14 @@ def _keep_order(client, held: Sequence[str]):
     client.who_has, client.compute = who_has, in_place
 
 
+def _let_leave(dask: str, held: Sequence[str], bound_s: float = 5.0):
+    "Wait until the scheduler knows that a holder is gone, so that nobody is sent to it again"
+    end = time.monotonic() + bound_s
+    with connect(dask) as client:
+        while set(held) <= set(client.nthreads()) and time.monotonic() < end:
+            time.sleep(0.1)
+
+
 def _half(part: tuple, k: int):
     "Take the features or the target of a part"
     return part[k]
@@ -132,6 +141,7 @@ def fit_on_cluster(
             except (Exception, asyncio.CancelledError) as failure:
                 left = f"{', '.join(gone)} left" if gone else str(failure)[:120]
                 told.append(f"{type(failure).__name__}: {left}")
+        _let_leave(dask, held)
     raise ModelError(f"the fit broke {attempts} times, a worker may have died: {'; '.join(told)}")
 
 # %% ../../nbs/training/46_one_big_model.ipynb #c6be3524
