@@ -102,12 +102,22 @@ def _keep_order(client, held: Sequence[str]):
     client.who_has, client.compute = who_has, in_place
 
 
+def _hang_up():
+    "Close LightGBM's connections of this thread; it leaves them open where a fit has failed"
+    from lightgbm.basic import _LIB
+
+    _LIB.LGBM_NetworkFree()
+    time.sleep(0.05)  # so that the next one comes to another thread
+
+
 def _let_leave(dask: str, held: Sequence[str], bound_s: float = 5.0):
-    "Wait until the scheduler knows that a holder is gone, so that nobody is sent to it again"
+    "Wait until the scheduler knows that a holder is gone, and let the others hang up"
     end = time.monotonic() + bound_s
     with connect(dask) as client:
         while set(held) <= set(client.nthreads()) and time.monotonic() < end:
             time.sleep(0.1)
+        left = [w for w, n in client.nthreads().items() for _ in range(n)]
+        client.gather([client.submit(_hang_up, workers=[w], pure=False) for w in left])
 
 
 def _half(part: tuple, k: int):
