@@ -15,6 +15,7 @@ from ..base.settings import Settings
 from ..market.store import Store
 from .child import settings_options
 from .options import read_settings
+from ..training.beaten import beaten_text, duel_line, duel_rows
 from ..training.scale import Outcome, run_each
 
 # %% ../../nbs/ops/30_many.ipynb #ee69e07e
@@ -87,11 +88,14 @@ def many_text(
 # %% ../../nbs/ops/30_many.ipynb #3c350806
 def trained_lines(
     facts: dict,  # As from `train_symbol` or `backtest_symbol`
-) -> str:  # A line a canary and a finding; empty without any
-    "Write canaries and honesty as lines"
+) -> str:  # A line a canary, an opponent and a finding; empty without any
+    "Write canaries, opponents and honesty as lines"
     lines = [
         f"{one['code']:<22}{one['status']}: {one['value']}" for one in facts.get("canaries", [])
     ]
+    fights = facts.get("opponents") or []
+    lines += [duel_line(row) for row in duel_rows(fights).to_dict("records")]
+    lines += [beaten_text(fights)] if fights else []
     found = facts.get("honesty") or {}
     if found.get("findings"):
         lines.append(f"{'trials':<22}{found['n_trials']} variants over this stretch in the journal")

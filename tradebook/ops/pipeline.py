@@ -35,6 +35,7 @@ from ..trader.feed import StoreFeed
 from ..trader.loop import count_books, fill_row, order_row, run_tag
 from ..trader.session import choose_model
 from ..trader.states import SymbolState
+from ..training.beaten import with_opponents
 from ..training.building import Request, build_dataset, plan_market
 from ..training.canaries import Canary, check_rebuilt, fit_checked
 from ..training.datasets import load_dataset
@@ -176,7 +177,7 @@ def model_facts(
     }
     facts["metrics"] = {name: m[name] for name in _SCORES}
     facts["importance"] = {row["name"]: row["gain_share"] for row in m["top_features"]}
-    kept = ("calibration", "baselines", "base_rate", "move_slope", "canaries")
+    kept = ("calibration", "baselines", "base_rate", "move_slope", "canaries", "opponents")
     facts |= {name: m[name] for name in kept if name in m}
     return facts | {
         "move_slope_bps": model.move_slope_bps,
@@ -239,6 +240,8 @@ def train_symbol(
                     made.features, made.labels, settings, stage.update, before=[made.rebuilt]
                 )
                 stage.rows = model.metrics["n_train"]
+            with stages.stage("opponents"):
+                model = with_opponents(model, made.features.x, made.labels, settings)
             note = {"n_events": made.n_events, "venue": venue, "symbol": symbol}
             note["dataset"] = made.dataset
             key, now = symbol_key(venue, symbol), WallClock().now_ns()

@@ -23,6 +23,7 @@ from ..market.synthetic import synthetic_market
 from .checks import Check
 from .pipeline import TrainingSet, build_training_set, collect_events
 from .progress import Stages
+from ..training.beaten import with_opponents
 from ..training.canaries import fit_checked
 from tradebook.training.contest import (
     Contest,
@@ -276,6 +277,8 @@ def renew(
         x = made.features.x
         model = fit_checked(made.features, made.labels, settings, stage.update)
         stage.rows = model.metrics["n_train"]
+    with stages.stage("opponents"):
+        model = with_opponents(model, x, made.labels, settings)
     newest = int(made.labels["ts_start"][-1])
     champion = find_champion(settings, venue, symbol, newest if now_ns is None else now_ns)
     drift = p_champion = None
