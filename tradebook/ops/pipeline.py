@@ -40,6 +40,7 @@ from ..training.building import Request, build_dataset, plan_market
 from ..training.canaries import Canary, check_rebuilt, fit_checked
 from ..training.datasets import load_dataset
 from ..training.label_sets import label_set
+from ..training.normal import normal_facts
 from ..training.prediction import Predictor
 from ..training.publish import Dossier, data_facts, publish
 from ..training.reasons import Reasons
@@ -243,7 +244,8 @@ def train_symbol(
             with stages.stage("opponents"):
                 model = with_opponents(model, made.features.x, made.labels, settings)
             note = {"n_events": made.n_events, "venue": venue, "symbol": symbol}
-            note["dataset"] = made.dataset
+            normal = normal_facts(made.features.x, made.labels, model)
+            note |= {"dataset": made.dataset, "normal": normal}
             key, now = symbol_key(venue, symbol), WallClock().now_ns()
             data = data_facts(Store(root / "market"), venue, symbol, start_ns, stop_ns)
             kept = {name: settings.to_dict()[name] for name in ("features", "labels", "training")}
