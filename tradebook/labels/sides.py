@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
 from ..base.clock import NS_PER_S
 from ..base.errors import DataError
-from .barriers import first_record, push_record
+from .barriers import first_touches
 from .horizon import LABEL, check_market, is_priced, quote_runs, windows
 from ..market.instruments import Instrument
 
@@ -88,7 +87,6 @@ def path_of(
     return SidePath(ts, quote_runs(quotes, max_age_ms), is_priced(quotes), *prices)
 
 # %% ../../nbs/labels/02_sides.ipynb #89935410
-@njit(cache=True, nogil=True)
 def first_exits(
     start: np.ndarray,  # Place from which each row looks, (R,), not decreasing, -1 for none
     end: np.ndarray,  # Last quote it may look at, (R,)
@@ -99,25 +97,7 @@ def first_exits(
     priced: np.ndarray,  # Which quotes are prices, (T,)
 ):  # -> place of the touch (R,), -1 for none; touched (R,): +1 target, -1 stop, 0 none
     "Find for every row the first later quote at one of its two levels"
-    minus, n_high, n_low = -value, 0, 0
-    highs, lows = np.empty(len(value), np.int64), np.empty(len(value), np.int64)
-    place, touched = np.full(len(start), -1, np.int64), np.zeros(len(start), np.int8)
-    i = len(start) - 1
-    for k in range(len(value) - 1, -1, -1):
-        if k + 1 < len(value) and run[k] != run[k + 1]:
-            n_high = n_low = 0
-        while i >= 0 and start[i] == k:
-            up = first_record(highs, n_high, value, target[i])
-            down = first_record(lows, n_low, minus, -stop[i])
-            if 0 <= up <= end[i] and (down < 0 or up < down):
-                place[i], touched[i] = up, 1
-            elif 0 <= down <= end[i]:
-                place[i], touched[i] = down, -1
-            i -= 1
-        if priced[k]:
-            n_high = push_record(highs, n_high, value, k)
-            n_low = push_record(lows, n_low, minus, k)
-    return place, touched
+    return first_touches(start, end, target, stop, value, -value, run, priced)
 
 # %% ../../nbs/labels/02_sides.ipynb #42162670
 class Entry(NamedTuple):
