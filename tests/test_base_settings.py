@@ -194,7 +194,7 @@ def test_each_section_changes_the_hash(project, section):
     changed = dict(
         collector={"sync_s": 2},
         features={"interval_ms": 500}, labels={"horizon_s": 31}, training={"seed": 8}, signal={"min_confidence": 0.1},
-        data={"min_coverage": 0.6}, retrain={"every_days": 2},
+        data={"min_coverage": 0.6}, retrain={"every_days": 2}, promotion={"is_sure": False},
         gates={"is_edge_gate_on": "no"}, sizing={"risk_per_trade": 0.02}, exits={"trailing_bps": 31},
         backtest={"slippage_bps": 1}, trader={"symbols": "A/B"},
     )[section]  # fmt: skip

@@ -179,6 +179,7 @@ class Values:
     labels: sections.Labels
     training: sections.Training
     retrain: sections.Retrain
+    promotion: sections.Promotion
     signal: sections.Signal
     gates: sections.Gates
     sizing: sections.Sizing
