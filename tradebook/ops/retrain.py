@@ -59,7 +59,7 @@ def why_due(
 ) -> Due | None:  # None: nothing to do
     "Ask whether one market wants a new model"
     from tradebook.market.store import Store
-    from tradebook.ops.renewal import find_champion
+    from tradebook.ops.compete import find_champion
     from tradebook.training.drift import decayed
     from tradebook.training.metrics import time_blocks
 
