@@ -16,12 +16,12 @@ from tradebook.training.learners import (
     Learner,
     Lesson,
     blend,
+    find_stop,
     fit,
     fit_folds,
     fit_seeds,
     grades,
     inner_split,
-    rounds_needed,
 )
 from tradebook.training.metrics import auc, log_loss
 from tradebook.training.opponents import duels, last_known, opponents
@@ -125,14 +125,14 @@ def test_early_stopping_looks_at_nothing_outside_the_lesson():
     turned = lesson._replace(y=np.where(np.arange(2_000) >= 1_600, 1 - lesson.y, lesson.y))
     again = fit_folds(learner, turned, SPLITS)
     assert folds.forest.texts == again.forest.texts  # the last test is nobody's past
-    assert 1 < rounds_needed(learner, lesson) < 300
+    assert 1 < find_stop(learner, lesson).rounds < 300
 
 
 def test_early_stopping_feels_no_label_that_reaches_into_the_later_part():
     lesson, learner = drawn(1_000), replace(QUICK, rounds=200, patience=15)
     turned = lesson.y.copy()
     turned[790:800] = 1 - turned[790:800]  # these ten end when the later part has begun
-    assert rounds_needed(learner, lesson) == rounds_needed(learner, lesson._replace(y=turned))
+    assert find_stop(learner, lesson).rounds == find_stop(learner, lesson._replace(y=turned)).rounds
 
 
 def test_seeds_and_folds_are_put_together_in_order():

@@ -17,13 +17,14 @@ from tradebook.training.learners import (
     FoldFit,
     Learner,
     Lesson,
+    Stop,
     blend,
     check_lesson,
     dataset,
     fit,
-    inner_split,
     parameters,
     stop_at,
+    watched_parts,
 )
 
 # %% ../../nbs/training/21_walking.ipynb #75941648
@@ -65,13 +66,13 @@ def _fit_fold(learner: Learner, lesson: Lesson, data, train: np.ndarray) -> Ense
     import lightgbm
 
     check_lesson(lesson.take(train), learner)
-    rounds = learner.rounds
-    if learner.patience:
-        parts = inner_split(lesson.take(train), learner.inner_share, learner.embargo_s)
-        first, last = (data.subset(train[part]).construct() for part in parts)
-        rounds = stop_at(learner, first, last)
-    booster = lightgbm.train(parameters(learner, len(train)), data.subset(train), rounds)
-    return Ensemble((booster.model_to_string(),), tuple(lesson.names), learner.kind, (rounds,))
+    stop = Stop(learner.rounds)
+    parts = watched_parts(learner, lesson.take(train)) if learner.patience else None
+    if parts:
+        stop = stop_at(learner, *(data.subset(train[part]).construct() for part in parts))
+    booster = lightgbm.train(parameters(learner, len(train)), data.subset(train), stop.rounds)
+    kept = (tuple(lesson.names), learner.kind, (stop.rounds,), (stop,) if parts else ())
+    return Ensemble((booster.model_to_string(),), *kept)
 
 # %% ../../nbs/training/21_walking.ipynb #443bdd22
 def walk(
