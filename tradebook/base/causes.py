@@ -74,6 +74,8 @@ _REMEDIES = {
     "EDGE_BELOW_COST": "Nothing: the trade would lose. Lower fees or a longer horizon would help.",
     "VOLATILITY_TOO_LOW": "Wait, or lower gates.min_volatility_bps.",
     "VOLATILITY_TOO_HIGH": "Wait, or raise gates.max_volatility_bps knowingly.",
+    "FEATURE_DEAD": "The gate names the feature: look at the feed behind it, then for a bug in the feature.",
+    "FEATURE_OUTLIER": "The gate names the feature: wait, train on newer data, or raise gates.max_outside knowingly.",
     "FROZEN": "See who froze it and why in the journal, then lift the freeze.",
     "SHORT_NOT_ALLOWED": "Nothing: a spot market cannot be sold short. A perpetual can.",
     "SIZE_BELOW_MINIMUM": "Raise sizing.risk_per_trade or the equity; the venue takes no smaller order.",
@@ -121,6 +123,8 @@ class Cause(ExplainedCode):
     EDGE_BELOW_COST = "EDGE_BELOW_COST", _GA, _BLOCK, "The expected move does not pay for the round trip."
     VOLATILITY_TOO_LOW = "VOLATILITY_TOO_LOW", _GA, _BLOCK, "The market moves too little."
     VOLATILITY_TOO_HIGH = "VOLATILITY_TOO_HIGH", _GA, _BLOCK, "The market moves too much."
+    FEATURE_DEAD = "FEATURE_DEAD", _GA, _BLOCK, "A feature that lived in training stands still or is mostly unknown."
+    FEATURE_OUTLIER = "FEATURE_OUTLIER", _GA, _BLOCK, "A feature lies far outside of what the model was trained on."
     FROZEN = "FROZEN", _GA, _BLOCK, "Trading is frozen, for this symbol or altogether."
     SHORT_NOT_ALLOWED = "SHORT_NOT_ALLOWED", _GA, _BLOCK, "The signal is to sell, and this market cannot be sold short."
     SIZE_BELOW_MINIMUM = "SIZE_BELOW_MINIMUM", _SI, _BLOCK, "The size that risk allows is below the venue's minimum."

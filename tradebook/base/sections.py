@@ -153,6 +153,10 @@ class Gates(Section):
     min_volatility_bps: float = _key(0.0, "Least volatility over a minute, bps.", ge=0)
     max_volatility_bps: float = _key(200.0, "Most volatility over a minute, bps.", gt=0)
     is_edge_gate_on: bool = _key(True, "Off: trade the raw signal, cost or not.")
+    max_outside: float = _key(
+        0.5, "Farthest a feature may lie outside of training, lengths of its range; 0: any.", ge=0
+    )
+    is_health_gate_on: bool = _key(True, "Off: trade also while a feature has died.")
 
     @model_validator(mode="after")
     def _volatility_bounds(self):

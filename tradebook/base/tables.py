@@ -69,6 +69,9 @@ DECISIONS = Table(
     *_columns("n_nan", _INTEGER),
     *_columns("gates client_order_id settings_hash model_version", Text),
     Column("reasons", Text),  # JSON list, only with an order: what pushed the forecast
+    Column("outside", Float),  # How far outside of training; empty: the model does not know
+    Column("n_dead", _INTEGER),  # Features that died; empty: the model does not know
+    *_columns("outlier dead", Text),  # Which feature, its value, and what was normal
 )
 
 # %% ../../nbs/base/05_tables.ipynb #d3adfe30
