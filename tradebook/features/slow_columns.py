@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['FRAMES', 'RETURN_BARS', 'EMA_BARS', 'MULTIPLE_EMA_BARS', 'MACD_BARS', 'STRENGTH_BARS', 'BAND_BARS', 'BAND_WIDTH',
            'N_TREND', 'EMD_BARS', 'EMD_WAVES', 'EMD_FRAME', 'EMD_TREND_BARS', 'CROSS_BEAT_MS', 'LEAD_S', 'LEAD_1H',
-           'BASIS_CHANGE_S', 'BASIS_SCORE_S', 'SLOW_FAMILIES', 'SLOW_PARAMETERS', 'SlowFeature', 'frame_columns']
+           'BASIS_CHANGE_S', 'BASIS_SCORE_S', 'SLOW_FAMILIES', 'SLOW_PARAMETERS', 'LEAST_KNOWN', 'BAR_PARAMETERS',
+           'SlowFeature', 'frame_columns', 'BarFeature', 'bar_columns']
 
 # %% ../../nbs/features/30_slow_columns.ipynb #06e047cf
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from .columns import Feature
 from ..market.candles import parse_interval
@@ -24,7 +25,7 @@ class SlowFeature(Feature):
         return self.window_s / 2 if self.is_bridging else self.window_s
 
 # %% ../../nbs/features/30_slow_columns.ipynb #8295ccc4
-FRAMES = ("30m", "1h", "4h", "1d")  # lengths of bars there are columns for
+FRAMES = ("1m", "5m", "15m", "30m", "1h", "4h", "1d")  # lengths of bars there are columns for
 RETURN_BARS, EMA_BARS, MULTIPLE_EMA_BARS, MACD_BARS = (1, 4, 16), (8, 21, 55), 21, (12, 26, 9)
 STRENGTH_BARS, BAND_BARS, BAND_WIDTH = 14, 20, 2.0
 _TREND = (
@@ -164,3 +165,28 @@ SLOW_PARAMETERS = {
               "delay_ms": 0, "formulas": 1},
     "funding": {"payments": 3, "interval": "8h", "formulas": 1},
 }  # fmt: skip
+
+# %% ../../nbs/features/30_slow_columns.ipynb #024ad7bf
+LEAST_KNOWN = 0.5  # share of a bar's beats with a usable book; below it the frame begins anew
+BAR_PARAMETERS = {"of": "mids at each beat", "least_known": LEAST_KNOWN, "formulas": 1}
+
+
+@dataclass(frozen=True, slots=True)
+class BarFeature(SlowFeature):
+    "A column of bars of the own book: it bridges holes, and still waits for its whole window"
+
+    @property
+    def warm_up_s(self) -> float:  # Seconds after the start during which it is NaN
+        "Say how long the column is unknown after the start"
+        return self.window_s
+
+
+def bar_columns(
+    group: str,  # A group made of candles, such as trend_5m or hilbert
+) -> tuple[Feature, ...]:  # Its columns, as bars of the own book make them
+    "Declare the columns of a group beside those of the book"
+    values = [
+        {x.name: getattr(f, x.name) for x in fields(f)} | {"is_bridging": True}
+        for f in SLOW_FAMILIES[group]
+    ]
+    return tuple(BarFeature(**one) for one in values)
