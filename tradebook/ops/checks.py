@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Check', 'check_money', 'check_edge', 'check_parity', 'check_coverage', 'check_model', 'check_staleness', 'Verdict',
-           'verdict', 'span_text', 'limits', 'verdict_html', 'tiles_html', 'causes_html']
+           'verdict', 'limits', 'verdict_html', 'tiles_html', 'causes_html']
 
 # %% ../../nbs/ops/08_checks.ipynb #0bfe2d6c
 import html
@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..base.clock import span_text
 from .funnel import RankedCause
 
 # %% ../../nbs/ops/08_checks.ipynb #89831654
@@ -149,16 +150,6 @@ def verdict(
     )
     return Verdict(status, headline, detail)
 
-# %% ../../nbs/ops/08_checks.ipynb #75b08162
-def span_text(
-    seconds: float,  # Length of time
-) -> str:  # Such as "4.0 hours"
-    "Write a length of time as a person would"
-    for unit, size in (("days", 86_400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 1.5 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} seconds"
-
 # %% ../../nbs/ops/08_checks.ipynb #7e38f062
 def limits(
     duration_s: float,  # Length of the sample
@@ -175,7 +166,8 @@ def limits(
         text = "It covers few kinds of market, and says nothing about other days."
         said.append(f"The sample is {span_text(duration_s)} long. {text}")
     if n < min_trades:
-        said.append(f"{n} trades: below {min_trades}, no edge is claimed whatever they earned.")
+        few = f"{n} trade{'s' * (n != 1)}: below {min_trades}"
+        said.append(f"{few}, no edge is claimed whatever they earned.")
     else:
         least = 1.96 * float(np.std(results_bps, ddof=1)) / n**0.5
         text = (

@@ -18,7 +18,7 @@ from tradebook.backtest.results import (
     is_edge_claimed,
     max_drawdown,
 )
-from ..base.clock import utc_text
+from ..base.clock import span_text, utc_text
 from tradebook.ops.checks import (
     Check,
     Verdict,
@@ -28,7 +28,6 @@ from tradebook.ops.checks import (
     check_money,
     check_parity,
     check_staleness,
-    span_text,
     verdict,
 )
 from .evidence import Evidence

@@ -21,7 +21,7 @@ from .evidence import Evidence
 from .figures import BAD, GOOD, GROSS, INK, NET, WARN, styled
 from .html import table
 from ..training.canaries import CANARIES
-from ..training.honesty import Honesty, findings, regime_of
+from ..training.honesty import FEWEST_TRADES, Honesty, findings, regime_of
 from ..training.trials import Trials, find_trials, honest_page, result_series
 
 # %% ../../nbs/ops/29_honesty.ipynb #c4da8f51
@@ -158,8 +158,8 @@ def honesty_text(
     checks = honesty_checks(page, trials)
     failed = [one.name for one in checks if one.status == "fail"]
     warned = [one.name for one in checks if one.status == "warn"]
-    if page.n_trades < 30:
-        return f"Only {page.n_trades:,} trades: too few to say anything, whatever the numbers."
+    if (n := page.n_trades) < FEWEST_TRADES:
+        return f"Only {n} trade{'s' * (n != 1)}: too few to say anything, whatever the numbers."
     if failed:
         also = f" Also weak: {', '.join(warned)}." if warned else ""
         return f"Do not believe this result. Against it: {', '.join(failed)}.{also}"

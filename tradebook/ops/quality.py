@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from ..base.clock import NS_PER_S, parse_utc, utc_text
+from ..base.clock import NS_PER_S, parse_utc, span_text, utc_text
 from ..market.coverage import cover_hours, find_holes, incidents_path
 from ..market.data_checks import BOUNDS, Finding
 from ..market.events import FLAG_LAST, KIND_GAP, make_events, message_starts
@@ -26,7 +26,7 @@ from ..market.market_checks import Checked, check_market
 from ..market.profiles import Profile, profile_market
 from ..market.store import Store
 from ..market.synthetic import synthetic_market
-from .checks import Check, Verdict, span_text
+from .checks import Check, Verdict
 from ..trader.feed import opening_snapshot
 from ..trader.states import choose_market
 

@@ -9,9 +9,9 @@ __all__ = ['planted_bps', 'find_edge', 'run_verdict', 'edge_text', 'demo_text']
 import numpy as np
 import pandas as pd
 
-from ..base.clock import utc_text
+from ..base.clock import span_text, utc_text
 from ..market.synthetic import expected_move_bps
-from .checks import check_edge, span_text, verdict
+from .checks import check_edge, verdict
 from .pipeline import Backtested
 
 # %% ../../nbs/ops/17_verdicts.ipynb #bb93bbd3
