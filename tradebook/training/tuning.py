@@ -178,7 +178,7 @@ def tune(
     lesson: Lesson,  # The training window, with the times of its labels
     splitter,  # Purged folds inside the window
     place: str | Path,  # SQLite file of the study
-    name: str,  # Name of the study: market, label, purpose
+    name: str,  # Name of the study: market, label, purpose; empty: its fingerprint
     n_trials: int = 30,  # Tries in all, those of earlier calls included
     net_bps: np.ndarray | None = None,  # Net result bought and sold, (N, 2), bps; None: no Sharpe
     period_s: float = 3_600.0,  # Length of a period of the Sharpe ratio, seconds
@@ -189,7 +189,8 @@ def tune(
     check_ranges(ranges)
     folds = list(splitter.split(lesson.ts_start, lesson.ts_end))
     about = [asdict(base), ranges, period_s, *([] if net_bps is None else [net_bps])]
-    study = _open_study(Path(place), name, fingerprint(lesson, folds, *about), base.seed)
+    mark = fingerprint(lesson, folds, *about)
+    study = _open_study(Path(place), name or mark, mark, base.seed)
     if not study.trials:
         study.enqueue_trial({field: getattr(base, field) for field in ranges})
 
