@@ -1,6 +1,7 @@
 """Candle columns: equal to TA-Lib and a slow reference, blind to the future and to unfinished bars, honest at holes."""
 
 import importlib.metadata
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -29,6 +30,7 @@ from tradebook.market.instruments import instrument
 
 START = 1_735_689_600 * 10**9  # 2025-01-01, midnight
 OHLC = ("open", "high", "low", "close")
+PLAIN = [name for name in SETS if not set(SETS[name]) & set(schema.NEEDS)]
 
 
 def made_candles(n, interval="30m", seed=0, late_s=1.0):
@@ -400,7 +402,7 @@ def test_sets_are_refused_when_they_differ_by_one_character():
     ):
         with pytest.raises(ModelError, match="same columns, other"):
             ours.require(changed.hash, changed.names)
-    assert len({feature_set(n).hash for n in SETS if n not in schema.NEEDS}) == len(SETS) - 1
+    assert len({feature_set(n).hash for n in PLAIN}) == len(SETS) - 1
 
 
 def test_some_columns_in_another_order():
@@ -426,9 +428,22 @@ def test_a_set_without_its_package_is_refused_by_name(monkeypatch):
     for make in (lambda: feature_set("hilbert_huang"), HilbertStream):
         with pytest.raises(SettingsError, match=words):
             make()
-    for name in SETS:
-        if name not in schema.NEEDS:
-            assert len(feature_set(name)) > 0
+    with pytest.raises(SettingsError, match=r"'default\+hilbert' needs the package EMD-signal"):
+        feature_set("default+hilbert")
+    for name in PLAIN:
+        assert len(feature_set(name)) > 0
+
+
+@pytest.mark.parametrize("version", ["0.2.13", "1.9.9", "2", "2.0.1", "10.1"])
+@pytest.mark.parametrize("name", ["hilbert_huang", "default+trend_1h+hilbert"])
+def test_a_version_outside_of_the_range_is_refused(monkeypatch, name, version):
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: version)
+    words = (
+        rf"{re.escape(repr(name))} needs EMD-signal>=1.10,<2, found EMD-signal {version}; run: pip"
+    )
+    with pytest.raises(SettingsError, match=words):
+        feature_set(name)
+    assert len(feature_set("default+trend_1h")) == 63
 
 
 def test_another_version_of_the_package_is_another_set(monkeypatch):
