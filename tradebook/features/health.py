@@ -97,7 +97,7 @@ class HealthState(NamedTuple):
     last: np.ndarray  # Last known value, float64
     known_ts: np.ndarray  # When it was last known, ns; 0 never
     moved_ts: np.ndarray  # When it last changed, ns; 0 never
-    run: np.ndarray  # Rows since it changed, int64
+    run: np.ndarray  # Rows in which it was known and had not changed, int64
     unknown: np.ndarray  # Decaying count of rows in which it was unknown, float64
     outside: np.ndarray  # Decaying count of rows outside its range, float64
     row: np.ndarray  # Rows taken, time of the first and of the last, (3,) int64
@@ -126,8 +126,8 @@ def take_row(
         state.unknown[k] = keep * state.unknown[k] + is_missed
         is_outside = not is_unknown and (value < low[k] or value > high[k])
         state.outside[k] = keep * state.outside[k] + is_outside
-        state.run[k] += 1
         if not is_unknown:
+            state.run[k] += 1
             if value != state.last[k]:
                 state.moved_ts[k], state.run[k] = ts, 0
             state.last[k], state.known_ts[k] = value, ts
