@@ -77,7 +77,7 @@ def fit_platt(
     p: np.ndarray,  # Out-of-fold forecasts, (N,), 0 to 1
     is_up: np.ndarray,  # What happened, (N,), 0 or 1
     weight: np.ndarray,  # How much each row counts, (N,), >= 0
-    pull: float = 0.0,  # Precision of the belief that p is right as it is, >= 0
+    pull: tuple[float, float] = (0.0, 0.0),  # Precision of: slope is 1, offset is 0; >= 0
 ) -> tuple[float, float]:  # Slope and offset
     "Fit a logistic curve over log-odds"
     z, n_up = _log_odds(p), float(weight @ is_up)
@@ -87,8 +87,10 @@ def fit_platt(
     beta = np.array([0.0, np.log(n_up / n_down)])
     for _ in range(100):
         guess = 1 / (1 + np.exp(-beta @ design))
-        slope = design @ (weight * (target - guess)) - pull * (beta - (1.0, 0.0))
-        bend = (design * (weight * guess * (1 - guess))) @ design.T + (pull + 1e-9) * np.eye(2)
+        slope = design @ (weight * (target - guess)) - np.multiply(pull, beta - (1.0, 0.0))
+        bend = (
+            (design * (weight * guess * (1 - guess))) @ design.T + np.diag(pull) + 1e-9 * np.eye(2)
+        )
         step = np.linalg.solve(bend, slope)
         beta = beta + step * min(1.0, 2.0 / (1e-12 + np.abs(step).max()))
         if np.abs(step).max() < 1e-10:
@@ -122,7 +124,7 @@ def fit_calibration(
     weight: np.ndarray | None = None,  # How much each row counts, (N,), >= 0; None: all the same
     kind: str = "auto",  # "platt", "isotonic", "none", or "auto": by the number of rows
     min_rows: int = 200,  # Fewer rows than this are not calibrated at all
-    pull: float = 0.0,  # Precision of the belief that p is right as it is, for platt
+    pull: tuple[float, float] = (0.0, 0.0),  # As for `fit_platt`
 ) -> Calibration:  # A curve
     "Fit a calibration on out-of-fold forecasts"
     p, is_up = np.asarray(p, np.float64), np.asarray(is_up, np.float64)
