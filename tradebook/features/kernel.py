@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
+from .bars import bar_beat, bar_hole, new_bars
 from tradebook.features.columns import (
     CORE,
     DEPTH_HALF_LIFE_S,
@@ -41,8 +42,9 @@ from tradebook.features.flow import (
     flow_step,
 )
 from .price import MID, emit_price
-from .schema import FeatureSet
+from .schema import FeatureSet, bar_groups
 from .shape import depth_step, emit_shape, level_size, typical_size
+from .slow_columns import SLOW_PARAMETERS
 from .tape import aggressor, emit_tape, tape_step
 from tradebook.features.timing import (
     BOOK,
@@ -54,6 +56,7 @@ from tradebook.features.timing import (
 )
 from .volatility import emit_volatility, forget_hole, volatility_beat
 from ..market.book import BOOK_LOCKED, Book, apply_event, book_status, top
+from ..market.candles import parse_interval
 from ..market.events import FLAG_LAST, KIND_CLEAR, KIND_GAP, KIND_LEVEL, KIND_TRADE
 
 # %% ../../nbs/features/20_kernel.ipynb #e54b042e
@@ -80,13 +83,16 @@ def lay_out(
     np.ndarray, np.ndarray
 ]:  # First place of each group, int64, -1 off; place of each column
     "Place the groups that a set needs in the wide row"
-    place, names = np.full(len(GROUPS) + 1, -1, np.int64), []
+    place, names, later = np.full(len(GROUPS) + 1, -1, np.int64), [], bar_groups(features)
     for group in features.groups:
+        if group in later:
+            continue
         place[GROUPS.index(group)] = len(names)
         names += [f.name for f in FAMILIES[group]]
     place[-1] = len(names)  # where formulas of one's own begin
     names += features.names[len(features) - len(features.own) :]
-    return place, np.array([names.index(name) for name in features.names], np.int64)
+    at = {name: k for k, name in enumerate(names)}  # columns of bars: the last place, always NaN
+    return place, np.array([at.get(name, len(names)) for name in features.names], np.int64)
 
 # %% ../../nbs/features/20_kernel.ipynb #938a237d
 # places in `clock`: next beat (ns), number of the last beat, first beat since the last hole, holes passed,
@@ -112,11 +118,14 @@ class State(NamedTuple):
     decay: np.ndarray  # Factors for one beat: flow half-lives, then depth; float64
     place: np.ndarray  # First place of each group in the wide row, -1: not wanted; int64
     pick: np.ndarray  # Place of each column in the wide row, (F,) int64
-    wide: np.ndarray  # The wide row, float64
+    wide: np.ndarray  # The wide row, float64; its last place is NaN
+    bars: np.ndarray  # Bars being built, see `bars.new_bars`; empty: none are wanted; int64
+    ended: np.ndarray  # Bars that have ended since somebody looked, int64
 
 # %% ../../nbs/features/20_kernel.ipynb #5ffc0881
 def new_state(
     features: FeatureSet,  # Columns and the time between rows
+    n_rows: int = 64,  # Rows that are written before somebody looks at what has ended
 ) -> State:  # Empty: the first event starts its clock
     "Make the state of a kernel that has seen nothing"
     per_second = 1000 // features.beat_ms
@@ -126,7 +135,10 @@ def new_state(
     clock[BEAT_NS] = features.beat_ms * 1_000_000
     clock[ROW_NS] = features.interval_ms * 1_000_000
     place, pick = lay_out(features)
-    n_wide = sum(len(FAMILIES[g]) for g in features.groups) + len(features.own)
+    later = bar_groups(features)
+    n_wide = sum(len(FAMILIES[g]) for g in features.groups if g not in later) + len(features.own)
+    frames_ns = tuple(parse_interval(SLOW_PARAMETERS[g]["frame"]) for g in later)
+    bars, ended = new_bars(frames_ns, int(clock[BEAT_NS]), int(clock[ROW_NS]), n_rows)
     return State(
         clock=clock,
         totals=np.zeros(N_TOTALS, np.int64),
@@ -141,7 +153,9 @@ def new_state(
         decay=decay_factors((*FLOW_HALF_LIVES_S, DEPTH_HALF_LIFE_S), per_second),
         place=place,
         pick=pick,
-        wide=np.zeros(n_wide),
+        wide=np.append(np.zeros(n_wide), np.nan),
+        bars=bars,
+        ended=ended,
     )
 
 # %% ../../nbs/features/20_kernel.ipynb #f58489c4
@@ -177,6 +191,8 @@ def on_gap(
     forget_hole(state.totals, state.ring, clock[BEAT], max(inside, 0))
     clock[SEGMENT] += 1
     forget(state, ts, desk)
+    if len(state.bars) > 0:
+        bar_hole(state.bars, state.ended, ts, hole_ns)
 
 # %% ../../nbs/features/20_kernel.ipynb #fa513229
 @njit(cache=True, nogil=True, no_cfunc_wrapper=True, forceinline=True)
@@ -233,6 +249,8 @@ def on_beat(
         desk_store(desk, beat)
     for k in range(N_TOTALS):
         state.ring[beat & (len(state.ring) - 1), k] = totals[k]
+    if len(state.bars) > 0:
+        bar_beat(state.bars, state.ended, ts, totals[MID])
 
 # %% ../../nbs/features/20_kernel.ipynb #ca72f3e8
 class View(NamedTuple):
