@@ -30,6 +30,10 @@ odds = st.one_of(
     st.integers(0, 1024).map(lambda n: n / 1024),
 )
 
+distances = st.sampled_from([math.nan, 0.0, 0.3, 0.5, 0.500001, 7.0, 1000.0])
+deaths = st.sampled_from([None, 0, 0, 0, 1, 9])
+predictions = st.builds(Prediction, odds, tenths, distances, st.just(""), deaths, st.just(""))
+
 
 @st.composite
 def markets(draw, is_sound=False):
@@ -68,7 +72,9 @@ def accounts(draw, ts):
 def upside_down(market, prediction, account, pivot):
     "The same situation with up for down: prices mirrored at a pivot, bid for ask, long for short"
     turned = market._replace(bid_ticks=pivot - market.ask_ticks, ask_ticks=pivot - market.bid_ticks)
-    back = prediction and Prediction(1 - prediction.p_up, -prediction.edge_bps)
+    back = prediction and prediction._replace(
+        p_up=1 - prediction.p_up, edge_bps=-prediction.edge_bps
+    )
     price = pivot * OF.tick_size - account.entry_price if account.position_lots else 0.0
     return turned, back, replace(account, position_lots=-account.position_lots, entry_price=price)
 
@@ -78,7 +84,7 @@ def upside_down(market, prediction, account, pivot):
 def test_a_mirrored_situation_gives_the_mirrored_decision(data):
     market = data.draw(markets(is_sound=data.draw(st.booleans())))
     account = data.draw(accounts(market.ts))
-    prediction = data.draw(st.none() | st.builds(Prediction, odds, tenths))
+    prediction = data.draw(st.none() | predictions)
     pivot = market.bid_ticks + market.ask_ticks
     if (
         account.position_lots
@@ -100,7 +106,7 @@ def test_a_mirrored_situation_gives_the_mirrored_decision(data):
 def test_every_situation_has_a_cause_and_fails_closed(data):
     market = data.draw(markets())
     account = data.draw(accounts(market.ts))
-    prediction = data.draw(st.none() | st.builds(Prediction, odds, tenths))
+    prediction = data.draw(st.none() | predictions)
     rules = RULES._replace(is_frozen=data.draw(st.booleans()))
     v = decide(market, prediction, account, rules)
     assert isinstance(v.cause, Cause)
@@ -113,6 +119,7 @@ def test_every_situation_has_a_cause_and_fails_closed(data):
         assert prediction and not rules.is_frozen and v.cause is Cause.ENTER
         assert market.ts_book and market.age_ns <= rules.max_age_ns and market.status <= BOOK_LOCKED
         assert market.n_nan == 0 and v.gates and all(g.is_passed for g in v.gates)
+        assert not prediction.n_dead and not prediction.outside > rules.max_outside
         assert v.side * prediction.edge_bps >= v.cost_bps + rules.min_edge_bps - 1e-9
         worth = v.size_lots * OF.lot_size * OF.price(market.ask_ticks)
         cap = rules.max_position_fraction * account.equity_quote
@@ -143,7 +150,8 @@ def test_no_gate_holds_an_exit_back(data):
         standing_block=Cause.MODEL_EXPIRED,
     )
     broken = market._replace(n_nan=7, volatility_bps=math.nan)
-    held = decide(broken, None, account, shut)
+    wild = Prediction(0.5, 0.0, 1000.0, "spread_bps was 9", 44, "spread_bps stood still")
+    held = decide(broken, data.draw(st.sampled_from([None, wild])), account, shut)
     assert (free.cause, free.action, free.side, free.size_lots) == (
         held.cause,
         held.action,

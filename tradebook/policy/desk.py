@@ -46,6 +46,10 @@ def decision_row(
         "n_nan": market.n_nan,
         "gates": gates_json(verdict.gates),
         "client_order_id": order_name,
+        "outside": prediction.outside if prediction else None,
+        "outlier": prediction.outlier or None if prediction else None,
+        "n_dead": prediction.n_dead if prediction else None,
+        "dead": prediction.dead or None if prediction else None,
     }
 
 # %% ../../nbs/policy/08_desk.ipynb #01567ff8

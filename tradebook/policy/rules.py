@@ -37,6 +37,8 @@ class Rules(NamedTuple):
     standing_block: Cause | None  # Ends every entry; None when there is nothing against it
     is_frozen: bool  # Trading was frozen by hand
     model_expires_ns: int = NEVER  # Last moment at which the model may open positions, ns UTC
+    max_outside: float = 0.0  # Farthest outside of training, lengths of a range; 0: any
+    is_health_gate_on: bool = False  # Off: trade also while a feature has died
 
 # %% ../../nbs/policy/02_rules.ipynb #f98ed5b1
 def rules_from(
@@ -67,4 +69,6 @@ def rules_from(
         standing_block=standing_block,
         is_frozen=is_frozen,
         model_expires_ns=model_expires_ns,
+        max_outside=g.max_outside,
+        is_health_gate_on=g.is_health_gate_on,
     )

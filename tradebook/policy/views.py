@@ -7,6 +7,7 @@ __all__ = ['MarketView', 'ViewReader', 'Prediction', 'Gate', 'gates_json', 'Verd
 
 # %% ../../nbs/policy/00_views.ipynb #5b896e31
 import json
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -62,6 +63,10 @@ class Prediction(NamedTuple):
 
     p_up: float  # Probability of a rise, 0 to 1
     edge_bps: float  # Expected move of the mid, signed, basis points
+    outside: float = math.nan  # How far outside of training, lengths of a range; NaN: not known
+    outlier: str = ""  # Which feature, its value, and what was normal; empty inside
+    n_dead: int | None = None  # Features that have died; None: not known
+    dead: str = ""  # Which first, and how; empty without
 
 # %% ../../nbs/policy/00_views.ipynb #4bae5ca8
 class Gate(NamedTuple):
@@ -72,15 +77,26 @@ class Gate(NamedTuple):
     bound: float  # What it compared with
     is_passed: bool  # Whether it let the candidate through
     cause: Cause  # The code when it does not
+    detail: str = ""  # What a number cannot say, such as the name of a feature
+
+
+def _gate_row(gate: Gate) -> dict:
+    "Write one gate as data"
+    row = {**gate._asdict(), "cause": gate.cause.value}
+    if row["value"] != row["value"]:
+        row["value"] = None  # NaN is no JSON
+    if not gate.detail:
+        del row["detail"]
+    return row
 
 
 def gates_json(
     gates: tuple[Gate, ...],  # Gates of one verdict
-) -> str:  # [{"name", "value", "bound", "is_passed", "cause"}, …]
+) -> str:  # [{"name", "value", "bound", "is_passed", "cause", "detail" where there is one}, …]
     "Write gates as JSON, for the journal"
     if not gates:
         return "[]"
-    return json.dumps([{**g._asdict(), "cause": g.cause.value} for g in gates])
+    return json.dumps([_gate_row(gate) for gate in gates])
 
 # %% ../../nbs/policy/00_views.ipynb #c49fa5b5
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@
 __all__ = ['VERDICT', 'CLOCK', 'Limits', 'watch_rows', 'Fitness', 'Watched', 'RowWatch', 'take']
 
 # %% ../../nbs/training/40_watch.ipynb #8e9d0617
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -100,7 +101,7 @@ class Watched:
             name, value = guard.names[column], float(self.x[i, column])
             outlier = str(Outlier(name, value, *ends, outside, n_outside))
         return Fitness(
-            outside if guard else float("nan"),
+            outside if guard else math.nan,
             outlier,
             n_dead if health else None,
             health.death_text(dead, amount) if health and n_dead else "",
