@@ -36,6 +36,12 @@ def recorded_days(
     return made
 
 # %% ../../nbs/features/26_afterwards.ipynb #79a563de
+def _has_book(features):
+    "Where the book is usable and fresh, (T,)"
+    is_fresh = features.age_ns <= features.max_age_ms * 1_000_000
+    return (features.rows["status"] <= BOOK_LOCKED) & (features.rows["bid_ticks"] > 0) & is_fresh
+
+
 def moves_after_bps(
     features: FeatureRows,  # Rows on a grid
     horizon_s: float,  # How far to look ahead, seconds, > 0, whole steps of the grid
@@ -46,9 +52,7 @@ def moves_after_bps(
         text = f"one step of the grid, {features.feature_set.interval_ms} ms"
         raise DataError(f"horizon_s must be at least {text}, was {horizon_s}")
     rows = features.rows
-    is_fresh = features.age_ns <= features.max_age_ms * 1_000_000
-    is_good = (rows["status"] <= BOOK_LOCKED) & (rows["bid_ticks"] > 0) & is_fresh
-    mid = np.where(is_good, rows["bid_ticks"] + 1.0 * rows["ask_ticks"], np.nan)
+    mid = np.where(_has_book(features), rows["bid_ticks"] + 1.0 * rows["ask_ticks"], np.nan)
     move = np.full(len(rows), np.nan)
     if steps < len(rows):
         move[:-steps] = 1e4 * (mid[steps:] / mid[:-steps] - 1)
@@ -172,23 +176,29 @@ def draw_stretch(
     part = made[slice(*np.searchsorted(made.rows["ts"], [begin, begin + int(minutes * 60e9)]))]
     if not len(part):
         raise DataError(f"start must be a time of the rows, was {start}")
-    mid = np.where(part.is_ready, part.rows["bid_ticks"] + 1.0 * part.rows["ask_ticks"], np.nan)
-    mid = 1e4 * (mid / mid[np.isfinite(mid)][:1] - 1)
-    units = {f.name: f.unit for f in made.feature_set.features}
-    lines, step_ms = {"mid": mid} | {n: part.column(n) for n in names}, made.feature_set.interval_ms
-    figure = make_subplots(len(lines), 1, shared_xaxes=True, vertical_spacing=0.05)
+    is_good = _has_book(part)
+    mid = np.where(is_good, part.rows["bid_ticks"] + 1.0 * part.rows["ask_ticks"], np.nan)
+    mid = 1e4 * (mid / mid[is_good][:1] - 1)
+    units, step_ms = (
+        {f.name: f.unit for f in made.feature_set.features},
+        made.feature_set.interval_ms,
+    )
+    lines = {"mid, from the start": mid} | {
+        n: np.where(is_good, part.column(n), np.nan) for n in names
+    }
+    figure = make_subplots(len(lines), 1, shared_xaxes=True, subplot_titles=list(lines))
     first = str(pd.Timestamp(int(part.rows["ts"][0])))
     for k, (name, value) in enumerate(lines.items(), 1):
         style = {"color": BUY if k > 1 else INK, "width": 1.2, "shape": "hv"}
         figure.add_scatter(x0=first, dx=step_ms, y=np.float32(value), mode="lines", line=style,
                            name=name, row=k, col=1)  # fmt: skip
-        text = f"{name}<br>{units.get(name, 'bps')}"
-        figure.update_yaxes(title_text=text, title_font_size=10, row=k, col=1)
+        figure.update_yaxes(title_text=units.get(name, "bps"), title_font_size=11, row=k, col=1)
     note = f"from {first[:19]}, a row every {step_ms / 1000:g} s; a break is a hole in the feed"
-    dressed(figure, title, note=note, height=90 + 95 * len(lines))
+    dressed(figure, title, note=note, height=90 + 84 * len(lines))
+    figure.update_annotations(font_size=11, x=0, xanchor="left")
     figure.update_xaxes(type="date", tickformat="%H:%M:%S")
     figure.update_xaxes(title_text="time, UTC", title_font_size=11, row=len(lines), col=1)
-    return figure.update_layout(showlegend=False, width=680, margin={"t": 58, "b": 34})
+    return figure.update_layout(showlegend=False, width=620, margin={"t": 66, "b": 34})
 
 # %% ../../nbs/features/26_afterwards.ipynb #e42440db
 def draw_tenths(
@@ -218,9 +228,9 @@ def draw_tenths(
         mode = "normal" if is_signed else "tozero"
         figure.update_yaxes(title_text=text, matches=same, rangemode=mode, row=1, col=k)
     note = f"the next {horizon_s:g} s by tenths of each column, lowest first"
-    dressed(figure, title, x="tenth of the column", note=note, height=300)
+    dressed(figure, title, x="tenth of the column", note=note, height=270)
     figure.update_annotations(font_size=11)
     figure.update_xaxes(title_font_size=11, tickvals=[1, 4, 7, 10])
     figure.update_yaxes(title_font_size=11)
     legend = {"y": 1, "yref": "container", "yanchor": "top"}
-    return figure.update_layout(width=680, margin={"t": 76, "b": 40}, legend=legend)
+    return figure.update_layout(width=620, margin={"t": 76, "b": 40}, legend=legend)
