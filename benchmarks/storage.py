@@ -12,6 +12,7 @@ compressed npz of the same events, read by numpy and read by hftbacktest itself.
 import sys
 import tempfile
 import time
+from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,9 @@ from feeds import fifty_levels, gzip_bytes
 from numba import njit
 
 from tradebook.market.events import FLAG_LAST, KIND_LEVEL, KIND_TRADE
+from tradebook.market.part_files import read_columns, read_part, stamps_path, write_part
 from tradebook.market.quotes import quotes
-from tradebook.market.store import Store, read_parquet, write_parquet
+from tradebook.market.store import Store
 from tradebook.market.stored_quotes import stored_quotes
 from tradebook.market.synthetic import synthetic_market
 
@@ -78,18 +80,19 @@ def main():
             hbt.close()
 
         replay()
-        if not (read_parquet(ours) == events).all():
+        if not (read_part(ours) == events).all():
             sys.exit("what was read differs from what was written")
         if not (stored_quotes(store, of.venue, of.symbol) == quotes(events)).all():
             sys.exit("the quotes from the file differ from those from the rows")
         check_quotes(peer, of, room, quotes(events))
         work = {
-            "ours": lambda: read_parquet(ours),
+            "ours": lambda: read_part(ours),
+            "ours, columns": lambda: deque(read_columns(ours), maxlen=0),
             "numpy's npz": lambda: np.load(theirs)["data"],
             "hftbacktest's npz": load,
             "ours, quotes": lambda: stored_quotes(store, of.venue, of.symbol),
             "hftbacktest, quotes": replay,
-            "ours, write": lambda: write_parquet(events, Path(folder) / "again"),
+            "ours, write": lambda: write_part(events, Path(folder) / "again.parquet"),
         }
         clocks = {"": time.perf_counter, ", one core": time.process_time}
         cases = {
@@ -98,7 +101,11 @@ def main():
             for tag, clock in clocks.items()
         }
         took = take_turns(cases, args.rounds)
-        bytes_of = {path.suffix: path.stat().st_size / messages for path in (ours, theirs)}
+        files = {".parquet": (ours, stamps_path(ours)), ".npz": (theirs,)}
+        bytes_of = {
+            name: sum(path.stat().st_size for path in paths) / messages
+            for name, paths in files.items()
+        }
     unit, rows = "M rows/s", []
     rows.append(size_row("a message of fifty levels", bytes_of[".parquet"],
                          gzip_bytes(events, of) / messages, "gzip JSON", 45))  # fmt: skip
@@ -109,6 +116,7 @@ def main():
         for name, what, goal, case in (
             ("load", "numpy's npz", 5.0, "ours"),
             ("load", "hftbacktest's npz", 5.0, "ours"),
+            ("columns only", "hftbacktest's npz", 0.0, "ours, columns"),
             ("file to quotes", "hftbacktest, quotes", 6.0, "ours, quotes"),
         ):
             rows.append(rate_row(name + tag, took, case + tag, n, unit, goal, what + tag))

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from tradebook.market.events import (
     make_events,
 )
 from tradebook.market.instruments import instrument
+from tradebook.market.part_files import stamps_path
 from tradebook.market.store import DAY_NS, Store, holes_of
 
 OF = instrument("synthetic", "SYN/USDT:USDT")
@@ -103,6 +105,9 @@ def test_a_damaged_part_or_manifest_is_named(tmp_path):
     manifest["parts"][0]["sha256"] = "0" * 64
     (day / "manifest.json").write_text(json.dumps(manifest))
     assert [w.split(": ")[1] for w in store.verify()] == ["rows differ from the manifest"]
+    stamps_path(day / part.file).unlink()
+    (sentence,) = store.verify()
+    assert "not readable" in sentence and ".stamps.parquet" in sentence
     (day / "manifest.json").write_text("{")
     with pytest.raises(DataError, match="must be a manifest of the store"):
         store.read(OF.venue, OF.symbol)
@@ -153,7 +158,7 @@ Store(sys.argv[1]).write(events, instrument("synthetic", "SYN/USDT:USDT"), "kill
 """
 
 
-@pytest.mark.parametrize("step", [1, 2, 3, 4, 5, 6])
+@pytest.mark.parametrize("step", range(1, 10))
 def test_a_writer_killed_at_any_step_leaves_all_or_nothing(tmp_path, step):
     done = subprocess.run([sys.executable, "-c", KILLED_WRITER, str(tmp_path), str(step)])
     assert done.returncode == -9
@@ -163,9 +168,9 @@ def test_a_writer_killed_at_any_step_leaves_all_or_nothing(tmp_path, step):
     events = make_events(ts_recv=START + np.arange(5000), kind=KIND_TRADE, flags=FLAG_LAST)
     store.write(events, OF, "after the crash")  # doing it again heals it
     assert store.read(OF.venue, OF.symbol).tobytes() == events.tobytes()
-    assert not [
-        p for p in tmp_path.rglob("*.parquet") if p.name not in {q.file for q in store.parts()}
-    ]
+    (part,) = store.parts()
+    names = {part.file, stamps_path(Path(part.file)).name}
+    assert {p.name for p in tmp_path.rglob("*.parquet")} == names
 
 
 def test_what_is_no_stream_is_not_stored(tmp_path):

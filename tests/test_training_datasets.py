@@ -21,6 +21,7 @@ from tradebook.base.errors import DataError, ModelError
 from tradebook.features.rows import build_features
 from tradebook.features.schema import feature_set, only
 from tradebook.market.events import FLAG_LAST, KIND_GAP, make_events
+from tradebook.market.part_files import stamps_path
 from tradebook.market.quotes import quotes
 from tradebook.market.store import DAY_NS, Store
 from tradebook.market.synthetic import synthetic_market
@@ -261,7 +262,11 @@ def test_rows_that_were_swapped_in_the_store_are_refused(home):
     part = store.parts(*MARKET)[0]
     path = store.day(*MARKET, part.date) / part.file
     other = store.parts(*MARKET)[-1]
-    shutil.copy(store.day(*MARKET, other.date) / other.file, path)
+    stranger = store.day(*MARKET, other.date) / other.file
+    shutil.copy(stranger, path)
+    with pytest.raises(DataError, match=r"\.stamps\.parquet must stand for"):
+        build(home)
+    shutil.copy(stamps_path(stranger), stamps_path(path))
     with pytest.raises(DataError, match="rows differ from the manifest"):
         build(home)
     assert not list((home / "datasets").rglob("*.parquet"))

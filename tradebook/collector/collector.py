@@ -26,7 +26,8 @@ from tradebook.market.events import (
     message_starts,
 )
 from ..market.instruments import Instrument
-from ..market.store import Part, Store, folder_name, read_parquet, rows_hash
+from ..market.part_files import read_part
+from ..market.store import Part, Store, folder_name, rows_hash
 
 # %% ../../nbs/collector/01_collector.ipynb #ed78f28a
 def sort_messages(
@@ -221,7 +222,7 @@ def _store_segment(self: Collector, path, rows) -> list[Part]:
     "Write one segment's rows to the store, prove them, delete the segment"
     parts = self.store.write(rows, self.of, f"collector {path.name}") if len(rows) else []
     files = [self.store.day(p.venue, p.symbol, p.date) / p.file for p in parts]
-    if len(rows) and rows_hash(np.concatenate([read_parquet(f) for f in files])) != rows_hash(rows):
+    if len(rows) and rows_hash(np.concatenate([read_part(f) for f in files])) != rows_hash(rows):
         raise DataError(f"{path.name} must be in the store as it was recorded, was different")
     path.unlink()
     return parts

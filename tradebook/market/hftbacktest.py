@@ -31,8 +31,8 @@ from tradebook.market.events import (
 )
 from .importing import REASONS, Imported, ImportReport, Refusals, to_units
 from .instruments import Instrument
+from .part_files import write_durably
 from .sources import Hints, last_of_message, not_before, settle_instrument
-from .store import write_durably
 
 # %% ../../nbs/market/14_hftbacktest.ipynb #b4134d97
 HFT_ROW = np.dtype(

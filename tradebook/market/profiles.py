@@ -29,7 +29,8 @@ from tradebook.market.book import (
 from .coverage import HOUR_NS
 from .events import FLAG_LAST, KIND_GAP, KIND_LEVEL, KIND_TRADE
 from .instruments import Instrument
-from .market_checks import choose_parts, read_pieces
+from .market_checks import choose_parts
+from .part_files import read_pieces
 from .store import Store
 
 # %% ../../nbs/market/17_profiles.ipynb #94069ce6

@@ -28,7 +28,8 @@ from tradebook.market.candles import (
     missing_spans,
     parse_interval,
 )
-from .store import folder_name, write_durably
+from .part_files import write_durably
+from .store import folder_name
 
 # %% ../../nbs/market/18_stored_candles.ipynb #9c68987a
 _VALUES = ("open", "high", "low", "close", "volume", "turnover")

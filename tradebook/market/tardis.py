@@ -33,6 +33,7 @@ from tradebook.market.events import (
 )
 from .importing import REASONS, Imported, ImportReport, Refusals, to_units
 from .instruments import Instrument
+from .part_files import write_durably
 from tradebook.market.sources import (
     Hints,
     last_of_message,
@@ -40,7 +41,7 @@ from tradebook.market.sources import (
     not_before,
     settle_instrument,
 )
-from .store import DAY_NS, write_durably
+from .store import DAY_NS
 
 # %% ../../nbs/market/13_tardis.ipynb #d9efd239
 _EXCHANGES = {  # Tardis's name: our venue, what it trades, how it writes a symbol

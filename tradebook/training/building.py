@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow.parquet as pq
 
 import tradebook
 from ..base.clock import WallClock, utc_text
 from ..base.errors import DataError
 from ..features.schema import FeatureSet, need_source
 from ..market.coverage import clip_holes, covered_share, find_holes, require_coverage
-from ..market.store import Store, write_durably
+from ..market.part_files import read_columns, write_durably
+from ..market.store import Store
 from tradebook.training.days import (
     DayDone,
     DayPlan,
@@ -231,10 +231,9 @@ def count_events(
             total += part.n_rows
         elif part.start_ns < stop_ns and start_ns <= part.end_ns:
             path = store.day(part.venue, part.symbol, part.date) / part.file
-            with pq.ParquetFile(path) as file:
-                ts = file.read(columns=["ts_recv"]).column(0).to_numpy()
-            first, last = np.searchsorted(ts, [start_ns, stop_ns])
-            total += int(last - first)
+            for group in read_columns(path):
+                first, last = np.searchsorted(group.ts_recv, [start_ns, stop_ns])
+                total += int(group.n_rows[first:last].sum())
     return total
 
 

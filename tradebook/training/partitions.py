@@ -24,7 +24,8 @@ from ..features.schema import FeatureSet
 from ..labels.horizon import LABEL
 from ..market.book import HEAD_REFUSED, HEAD_VALID, level_count, set_level, top_side
 from ..market.instruments import Instrument
-from ..market.store import folder_name, write_durably
+from ..market.part_files import write_durably
+from ..market.store import folder_name
 
 # %% ../../nbs/training/12_partitions.ipynb #381ed082
 def _memories(stream):

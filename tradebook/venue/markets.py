@@ -22,7 +22,7 @@ from typing import NamedTuple
 from ..base.clock import NS_PER_S, utc_text
 from ..base.errors import DataError, VenueError, nearest
 from ..market.instruments import Instrument
-from ..market.store import write_durably
+from ..market.part_files import write_durably
 
 # %% ../../nbs/venue/33_markets.ipynb #b5a0b01e
 DECIMAL_PLACES, SIGNIFICANT_DIGITS, TICK_SIZE = 2, 3, 4  # as ccxt numbers them
