@@ -30,7 +30,7 @@ class Leaning:
     "Anything that predicts serves the loop"
 
     class model:
-        version = "leaning"
+        version, facts = "leaning", {}
 
         def expires_ns(max_age_days):
             return NEVER  # nothing learned, nothing to forget

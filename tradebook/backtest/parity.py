@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, is_dataclass
 # %% ../../nbs/backtest/02_parity.ipynb #9bb597ab
 COMPARED = (
     "ts_decided ts_book stage cause action side size_lots price_ticks_bid price_ticks_ask p_up edge_bps "
-    "cost_bps volatility_bps spread_bps position_lots equity_quote n_nan gates"
+    "cost_bps volatility_bps spread_bps position_lots equity_quote n_nan gates outside outlier n_dead dead"
 ).split()
 COMPARED_FILL = "side size_lots price notional_quote fee_quote ts_sent ts_fill is_partial".split()
 

@@ -17,6 +17,7 @@ from ..market.instruments import Instrument
 from ..policy.account import Account
 from ..policy.desk import Desk
 from ..policy.views import Prediction, ViewReader
+from ..training.watch import Watched
 from ..venue.orders import Fill, OrderIntent
 from ..venue.paper import PaperVenue
 
@@ -47,6 +48,7 @@ def run_desk(
     edge_bps: np.ndarray | None,  # Expected move a row, signed, basis points, (T,)
     progress=None,  # Called with the rows done so far, now and then
     explain=None,  # Features of a row -> text for the decision's reasons; None: none are kept
+    watched: Watched | None = None,  # Verdicts of the same rows; None: nobody looked
 ) -> tuple[list, list, list]:  # Decision rows, orders, fills
     "Trade a stretch of history"
     reader, n_nan = ViewReader(features.feature_set), features.n_nan
@@ -59,7 +61,9 @@ def run_desk(
         fills += done
         desk.settle(done, len(venue.pending))
         is_known = p_up is not None and n_nan[i] == 0
-        prediction = Prediction(float(p_up[i]), float(edge_bps[i])) if is_known else None
+        prediction, fitness = None, watched.at(i) if watched and is_known else ()
+        if is_known:
+            prediction = Prediction(float(p_up[i]), float(edge_bps[i]), *fitness)
         decision, intent = desk.step(reader.read(row, features.x[i], int(n_nan[i])), prediction)
         decisions.append(decision)
         if intent:
@@ -86,16 +90,19 @@ def run_backtest(
     facts: dict | None = None,  # Added to every decision row
     progress=None,  # Called with the rows done so far, now and then
     explain=None,  # Features of a row -> text for the decision's reasons; None: none are kept
+    watched: Watched
+    | None = None,  # Verdicts of the rows, from `RowWatch.take`; None: nobody looked
 ) -> BacktestResult:  # Decisions, orders, fills, account
     "Replay a recording through the policy"
-    for name, values in (("p_up", p_up), ("edge_bps", edge_bps)):
+    verdicts = watched.verdicts if watched else None
+    for name, values in (("p_up", p_up), ("edge_bps", edge_bps), ("watched", verdicts)):
         if values is not None and len(values) != len(features):
             raise DataError(
                 f"{name} must have {len(features)} rows like features, was {len(values)}"
             )
     desk = Desk(rules, initial_equity_quote, run_tag, facts)
     venue = PaperVenue(rules.of, latency_ns, rules.slippage_bps)
-    done = run_desk(desk, venue, events, features, p_up, edge_bps, progress, explain)
+    done = run_desk(desk, venue, events, features, p_up, edge_bps, progress, explain, watched)
     desk.settle(done[2][desk.account.n_fills :], 0)  # what was filled behind the last row
     return BacktestResult(rules.of, *done, desk.account, initial_equity_quote)
 

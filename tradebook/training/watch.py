@@ -21,6 +21,7 @@ from tradebook.features.health import (
     count_dead,
     take_row,
 )
+from ..features.kernel import ROW
 from ..features.rows import FeatureRows
 from ..features.schema import FeatureSet
 from ..market.book import BOOK_LOCKED
@@ -122,20 +123,22 @@ class RowWatch:
         bounds: HealthBounds = HealthBounds(),  # noqa: B008
     ):
         n, self.columns, self.guard = len(columns), columns, guard
-        self.health = FeatureHealth(seen, bounds) if seen else None
-        low, high, most = np.full(n, -np.inf), np.full(n, np.inf), np.full(n, np.inf)
-        still = np.full(n, NEVER_ROWS)
+        nothing = np.full((n, 5), np.nan), np.ones(n), np.full(n, NEVER_ROWS // 3)
+        blank = TrainingRange(columns.hash, columns.names, *nothing)
+        self.health, memory = None, FeatureHealth(seen or blank, bounds)
+        if seen:
+            self.health = memory
+        low, high = np.full(n, -np.inf), np.full(n, np.inf)
         if guard:
             low, high = guard.low.copy(), guard.high.copy()
-        if self.health:
-            most, still = self.health.most.copy(), self.health.still.copy()
         if CLOCK in columns.names:
             k = columns.index(CLOCK)
-            low[k], high[k], most[k], still[k] = -np.inf, np.inf, np.inf, NEVER_ROWS
-        self._limits, self._hole = Limits(low, high, most, still), np.full(2, -1)
-        blank = (np.full((n, 5), np.nan), np.ones(n), np.zeros(n, np.int64))
-        known = self.health or FeatureHealth(TrainingRange(columns.hash, columns.names, *blank))
-        self._memory, self._least = known, bounds.least_rows
+            low[k] = memory.low[k] = -np.inf
+            high[k] = memory.high[k] = np.inf
+            memory.most[k], memory.still[k] = np.inf, NEVER_ROWS
+        self._limits = Limits(low, high, memory.most, memory.still)
+        self._memory, self._least, self._hole = memory, bounds.least_rows, np.full(2, -1)
+        self.take(FeatureRows(np.zeros(0, ROW), np.zeros((0, n)), columns))  # compiles, for speed
 
     @classmethod
     def of(
