@@ -185,8 +185,7 @@ def bar_columns(
     group: str,  # A group made of candles, such as trend_5m or hilbert
 ) -> tuple[Feature, ...]:  # Its columns, as bars of the own book make them
     "Declare the columns of a group beside those of the book"
-    values = [
-        {x.name: getattr(f, x.name) for x in fields(f)} | {"is_bridging": True}
-        for f in SLOW_FAMILIES[group]
-    ]
-    return tuple(BarFeature(**one) for one in values)
+    bar_s = parse_interval(SLOW_PARAMETERS[group]["frame"]) / 1e9  # a start may cost one bar more
+    values = [{x.name: getattr(f, x.name) for x in fields(f)} for f in SLOW_FAMILIES[group]]
+    more = [{"is_bridging": True, "settles_s": one["settles_s"] + bar_s} for one in values]
+    return tuple(BarFeature(**one | new) for one, new in zip(values, more, strict=True))
