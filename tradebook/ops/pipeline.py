@@ -46,6 +46,7 @@ from ..training.publish import Dossier, data_facts, publish
 from ..training.reasons import Reasons
 from ..training.registry import ModelVersion, Registry, symbol_key
 from ..training.trials import Record, forecast_record, qualify, result_series
+from ..training.watch import RowWatch
 
 # %% ../../nbs/ops/05_pipeline.ipynb #678cc75f
 def collect_events(
@@ -307,6 +308,7 @@ def replay(
     version = predictor.model.version if predictor else None
     max_age_days = settings.training.max_age_days
     until = predictor.model.expires_ns(max_age_days) if predictor else NEVER
+    watch = RowWatch.of(predictor.model.facts, features.feature_set) if predictor else None
     result = run_backtest(
         feed.events,
         features,
@@ -318,6 +320,7 @@ def replay(
         facts={"settings_hash": settings.hash, "model_version": version},
         progress=stage and (lambda n: stage.update(n, len(features))),
         explain=Reasons.of(predictor.model).text if predictor else None,
+        watched=watch.take(features) if watch else None,
     )
     found = {k: _plain(v) for k, v in summarise(result).items()}
     return Backtested(result, found, feed, features)

@@ -27,6 +27,7 @@ from .states import SymbolState, classify_universe
 from ..training.prediction import Predictor
 from ..training.reasons import Reasons
 from ..training.registry import Registry, symbol_key
+from ..training.watch import RowWatch
 
 # %% ../../nbs/trader/04_session.ipynb #7d58f4e3
 class Chosen(NamedTuple):
@@ -34,7 +35,7 @@ class Chosen(NamedTuple):
 
     predictor: Predictor | None  # Ready to be asked
     block: Cause | None  # Why no position may be opened
-    detail: str  # What exactly was wrong; empty when nothing was
+    detail: str  # What exactly was wrong, or what the model lacks; empty when nothing is
 
 # %% ../../nbs/trader/04_session.ipynb #81f581ac
 def choose_model(
@@ -58,11 +59,15 @@ def choose_model(
         columns.require(model.feature_set_hash, model.feature_names)
     except ModelError as error:
         return Chosen(None, Cause.FEATURE_SCHEMA_MISMATCH, str(error))
+    try:
+        lacks = RowWatch.of(model.facts, columns).missing
+    except ModelError as error:
+        return Chosen(None, Cause.MODEL_CORRUPT, str(error))
     if model.is_expired(now_ns, settings.training.max_age_days):
         days = model.age_ns(now_ns) / 86_400e9
         text = f"model {model.version} is {days:.1f} days old; training.max_age_days allows "
         return Chosen(predictor, Cause.MODEL_EXPIRED, f"{text}{settings.training.max_age_days:g}")
-    return Chosen(predictor, None, "")
+    return Chosen(predictor, None, lacks)
 
 # %% ../../nbs/trader/04_session.ipynb #ee3a3377
 def first_book(
@@ -196,9 +201,9 @@ def ask_for_model(
 def _trade(journal, run_id, settings, found, tell) -> dict[str, Any]:
     "Trade until the feed ends, and record how it ended"
     feed, model = found["feed"], found["model"]
-    if model.block:
-        now_ns = int(feed.events["ts_recv"][0])
-        journal.record_event(run_id, now_ns, str(model.block), {"detail": model.detail})
+    if model.detail:
+        now_ns, code = int(feed.events["ts_recv"][0]), str(model.block or "MODEL_WITHOUT_RECORD")
+        journal.record_event(run_id, now_ns, code, {"detail": model.detail})
         ask_for_model(journal, feed.instrument.venue, feed.instrument.symbol, model)
     log = RunLog(journal, run_id, settings.trader.journal_flush_rows)
     explain = Reasons.of(model.predictor.model).text if model.predictor else None
