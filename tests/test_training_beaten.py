@@ -11,7 +11,9 @@ from tradebook.base.settings import load_settings
 from tradebook.features.schema import feature_set
 from tradebook.labels.horizon import LABEL
 from tradebook.training.beaten import BEATEN, beaten_text, duel_rows, hold_up, model_folds
-from tradebook.training.model import fit_direction, out_of_fold
+from tradebook.training.forward import walk_forward
+from tradebook.training.learners import learner_of
+from tradebook.training.model import fit_direction
 
 QUICK = {"training.rounds": 5, "training.leaves": 4, "training.folds": 3, "training.min_rows": 100}
 SETTINGS = load_settings(environment={}).with_overrides(QUICK)
@@ -43,7 +45,9 @@ def test_folds_are_the_ones_the_model_was_measured_on(n, flat_share, hole_share,
     chosen = SETTINGS.with_overrides({"training.folds": folds})
     places, cut = model_folds(x, labels, chosen)
     usable = np.flatnonzero(labels["is_valid"] & np.isfinite(x).all(axis=1))
-    _, base, fold = out_of_fold(x[usable], labels[usable], tuple(columns.names), chosen)
+    names = tuple(columns.names)
+    found = walk_forward(x[usable], labels[usable], names, chosen, learner_of(chosen))
+    base, fold = found.base, found.fold
     rows = labels[places]
     for k, (train, test) in enumerate(cut.folds):
         mine = usable[np.isfinite(base) & (fold == k)]

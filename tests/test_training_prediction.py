@@ -23,7 +23,7 @@ from tradebook.market.snapshots import read_snapshots
 from tradebook.market.synthetic import synthetic_market
 from tradebook.policy.rules import rules_from
 from tradebook.trader.loop import PaperTrader, RunLog
-from tradebook.training.calibration import Calibration
+from tradebook.training.calibration import Calibration, read_calibration
 from tradebook.training.forest import Forest
 from tradebook.training.model import fit_direction
 from tradebook.training.prediction import Predictor
@@ -264,9 +264,21 @@ def test_every_row_of_a_recording_gets_lightgbms_answer(recordings):
     assert len(rows) > 500 and len(np.unique(expected)) > 50
 
 
-def test_a_model_of_direction_is_the_same_in_memory_and_published(tmp_path):
+@pytest.mark.parametrize("kind", ["none", "platt", "isotonic"])
+@pytest.mark.parametrize("n_seeds", [1, 3])
+def test_a_model_of_direction_is_the_same_in_memory_and_published(tmp_path, kind, n_seeds):
     x, labels, columns = drawn()
-    model = fit_direction(x, labels, columns, QUICK)
-    version = publish(model, tmp_path, "a_B", 1)
-    expected = lightgbm.Booster(model_str=model.model_text).predict(x, num_threads=1)
-    assert Predictor(version).predict(x)[0].tobytes() == expected.tobytes()
+    chosen = QUICK.with_overrides({"training.calibration": kind, "training.seeds": n_seeds})
+    model = fit_direction(x, labels, columns, chosen)
+    predictor = Predictor(publish(model, tmp_path, "a_B", 1))
+    asked = [lightgbm.Booster(model_str=t).predict(x, num_threads=1) for t in model.texts]
+    p_up, edge, spread = predictor.ask(x)
+    rows = np.array([predictor.ask_row(row) for row in x])
+    assert rows.T.tobytes() == np.stack([p_up, edge, spread]).tobytes()  # live as in history
+    assert (len(model.texts), bool(model.calibration)) == (n_seeds, kind != "none")
+    assert (spread.max() > 0) == (n_seeds > 1)
+    if kind == "none" and n_seeds == 1:
+        assert p_up.tobytes() == asked[0].tobytes()
+    curve = read_calibration(model.calibration or {"kind": "none", "x": [], "y": []})
+    np.testing.assert_allclose(p_up, curve.apply(np.mean(asked, axis=0)), rtol=0, atol=1e-12)
+    np.testing.assert_array_equal(edge, model.move_slope_bps * (p_up - 0.5))

@@ -32,9 +32,11 @@ from tradebook.training.contest import (
     threshold_curve,
 )
 from ..training.drift import Drift, calibration_change, measure_drift
+from ..training.forward import fit_members, learner_used
 from ..training.gate import Judgement, Outcome, Reason, judge, settle
+from ..training.learners import direction_lesson
 from ..training.metrics import time_blocks
-from ..training.model import DirectionModel, fit_booster, fit_direction, predict_text
+from ..training.model import DirectionModel, fit_direction
 from ..training.normal import normal_facts
 from ..training.prediction import Predictor
 from ..training.publish import Dossier, data_facts, publish
@@ -199,12 +201,13 @@ def _ask(made: TrainingSet, model: DirectionModel, settings: Settings) -> pd.Dat
     "Draw the learning curve of a model's own rows"
     usable = np.flatnonzero((made.features.n_nan == 0) & made.labels["is_valid"])
     x, labels = np.ascontiguousarray(made.features.x[usable], np.float64), made.labels[usable]
+    learner = learner_used(settings, model.tuning)
 
-    def fit(train, test):
-        text = fit_booster(x[train], labels["label"][train] > 0, model.feature_names, settings)
-        return predict_text(text, x[test])
+    def fit_and_ask(train, test):
+        lesson, _ = direction_lesson(x[train], labels[train], model.feature_names)
+        return fit_members(learner, lesson, settings).predict(x[test])
 
-    return learning_curve(fit, labels, round(settings.training.embargo_s * 1e9))
+    return learning_curve(fit_and_ask, labels, round(settings.training.embargo_s * 1e9))
 
 # %% ../../nbs/ops/27_renewal.ipynb #f4f3f0f7
 def renew(

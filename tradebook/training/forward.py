@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['fit_members', 'Forward', 'walk_forward', 'known_before', 'Corrected', 'correct_forward', 'Chosen', 'choose_forward',
-           'newer_part', 'search']
+           'newer_part', 'search', 'learner_used']
 
 # %% ../../nbs/training/34_forward.ipynb #f7496d77
 from collections.abc import Callable
@@ -26,6 +26,7 @@ from tradebook.training.learners import (
     direction_lesson,
     fit_folds,
     fit_seeds,
+    learner_of,
 )
 from .splits import PurgedKFold, PurgedWalkForward
 from .thresholds import Tried, choose_bound, results_at, taken, try_bounds
@@ -220,3 +221,11 @@ def search(
     net = np.stack([rows["long_net_bps"], rows["short_net_bps"]], axis=1)
     given = PurgedWalkForward(3, embargo_ns), study, "", chosen.tune_trials, net, 60.0
     return tune(learner, lesson, *given, on_trial=on_trial), cut
+
+
+def learner_used(
+    settings: Settings,  # As when the model was fitted
+    tuning: dict,  # From `Tuned.to_dict`; empty: nothing was searched
+) -> Learner:  # What the model was fitted with
+    "Read the learner of a model, searched or not"
+    return Learner(**tuning["learner"]) if tuning else learner_of(settings)
