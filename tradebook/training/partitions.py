@@ -31,12 +31,14 @@ from ..market.store import folder_name
 def _memories(stream):
     "Name -> array of everything a stream remembers beside its book"
     named = {"state": stream.state, "desk": stream._more[0]}
-    return {
+    own = {
         f"{part}.{name}": array
         for part, memory in named.items()
         if memory is not None
         for name, array in memory._asdict().items()
+        if name != "ended"  # empty between two messages, and as long as the stream has room
     }
+    return own | {f"beside.{name}": array for name, array in stream.beside.memory().items()}
 
 
 def freeze(
