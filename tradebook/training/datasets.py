@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from ..base.clock import utc_text
-from ..base.errors import DataError, ModelError, nearest
+from ..base.errors import DataError, ModelError, SettingsError, nearest
 from ..features.rows import FeatureRows, join_rows
-from ..features.schema import SETS, FeatureSet, feature_set, first_difference, only
+from ..features.schema import FeatureSet, feature_set, first_difference, only
 from ..labels.weights import sample_weights
 from ..market.store import Store
 from .days import Recipe, load_slice
@@ -67,12 +67,18 @@ def features_of(
     "Make the feature set of a data set again"
     said = manifest["features"]
     name = said["name"].partition(",")[0]
-    made = feature_set(name, said["interval_ms"], said["dtype"]) if name in SETS else None
+    try:
+        made = feature_set(name, said["interval_ms"], said["dtype"])
+        why = ""
+    except SettingsError as error:  # a name of another time, or a package that is not there
+        made, why = None, f" ({error})"
     if made and made.hash != said["hash"] and set(said["columns"]) <= set(made.names):
         made = only(made, *said["columns"])
     if made is None or made.hash != said["hash"]:
         text = f"data set {manifest['id']} holds features {said['hash']} ({said['name']})"
-        raise ModelError(f"{text}, which this code does not make; pass them, or build it again")
+        raise ModelError(
+            f"{text}, which this code does not make{why}; pass them, or build it again"
+        )
     return made
 
 # %% ../../nbs/training/15_datasets.ipynb #7a2f8dbc
