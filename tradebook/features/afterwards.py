@@ -232,5 +232,5 @@ def draw_tenths(
     figure.update_annotations(font_size=11)
     figure.update_xaxes(title_font_size=11, tickvals=[1, 4, 7, 10])
     figure.update_yaxes(title_font_size=11)
-    legend = {"y": 1, "yref": "container", "yanchor": "top"}
+    legend = {"y": 0.95, "yref": "container", "yanchor": "top"}
     return figure.update_layout(width=620, margin={"t": 76, "b": 40}, legend=legend)
