@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -34,6 +35,7 @@ from tradebook.market.events import (
     message_starts,
 )
 from tradebook.market.market_checks import check_market
+from tradebook.market.part_files import stamps_path
 from tradebook.market.snapshots import read_snapshots
 from tradebook.market.store import Store
 from tradebook.market.synthetic import synthetic_market
@@ -448,6 +450,7 @@ def test_exit_codes_of_check(tmp_path, made):
         (lambda path: path.write_bytes(path.read_bytes()[:-50]), "UNREADABLE"),
         (lambda path: path.unlink(), "UNREADABLE"),
         (lambda path: path.write_bytes(b""), "UNREADABLE"),
+        (lambda path: stamps_path(path).unlink(), "UNREADABLE"),
         ("other rows", "HASH"),
     ],
 )
@@ -459,7 +462,8 @@ def test_damaged_files_are_named_and_the_rest_is_still_checked(tmp_path, made, h
     parts = store.parts()
     files = [store.day(p.venue, p.symbol, p.date) / p.file for p in parts]
     if harm == "other rows":
-        shutil.copy(files[-1], files[0])
+        for of_part in (Path, stamps_path):
+            shutil.copy(of_part(files[-1]), of_part(files[0]))
     else:
         harm(files[0])
     checked = check_market(store, of.venue, of.symbol)
