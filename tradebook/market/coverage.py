@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from ..base.clock import NS_PER_S, utc_text
 from ..base.errors import DataError
 from .events import FLAG_LAST
+from .part_files import stamps_path
 from .store import DAY_NS, Part, Store, folder_name
 
 # %% ../../nbs/market/16_coverage.ipynb #f6e16962
@@ -201,7 +202,8 @@ def day_row(
     files = [store.day(p.venue, p.symbol, p.date) / p.file for p in parts]
     counts = [_readable_messages(file) for file in files]
     n_messages = None if None in counts else sum(counts)
-    n_bytes = sum(file.stat().st_size for file in files if file.is_file())
+    on_disk = [path for file in files for path in (file, stamps_path(file)) if path.is_file()]
+    n_bytes = sum(path.stat().st_size for path in on_disk)
     return {
         "venue": first.venue,
         "symbol": first.symbol,
