@@ -47,12 +47,14 @@ def rules_from(
     standing_block: Cause | None = None,  # For example MODEL_MISSING
     is_frozen: bool = False,  # Trading was frozen by hand
     model_expires_ns: int = NEVER,  # Last moment at which the model may open positions, ns UTC
+    min_confidence: float | None = None,  # Least distance of P(up) from 0.5; None: the settings'
 ) -> Rules:  # Frozen for the run
     "Gather the rules of a run"
     g, e = settings.gates, settings.exits
+    least = settings.signal.min_confidence if min_confidence is None else min_confidence
     return Rules(
         of=of,
-        min_confidence=settings.signal.min_confidence,
+        min_confidence=least,
         max_spread_bps=g.max_spread_bps,
         min_edge_bps=g.min_edge_bps,
         is_edge_gate_on=g.is_edge_gate_on,

@@ -28,12 +28,12 @@ class Followed(NamedTuple):
 def follow(
     p_up: np.ndarray,  # Forecasts, (N,); NaN where there is none
     labels: np.ndarray,  # LABEL rows, (N,), oldest first
-    min_confidence: float,  # Least distance of a forecast from 0.5
+    min_confidence,  # Least distance of a forecast from 0.5: one number or (N,); inf: none
 ) -> Followed:  # Positions that do not overlap
     "Take the first forecast that is sure enough, hold to the end of its label, look again"
     if len(p_up) != len(labels):
         raise DataError(f"p_up must have {len(labels)} values like labels, had {len(p_up)}")
-    sure = np.abs(np.where(np.isfinite(p_up), p_up, 0.5) - 0.5) >= max(min_confidence, 1e-12)
+    sure = np.abs(np.where(np.isfinite(p_up), p_up, 0.5) - 0.5) >= np.maximum(min_confidence, 1e-12)
     taken, free_at = [], -1
     start, end = labels["ts_start"], labels["ts_end"]
     for i in np.flatnonzero(sure & labels["is_valid"]):
@@ -94,7 +94,7 @@ def contest(
     p_champion: np.ndarray,  # Its forecasts, (N,); NaN where it has seen the row, or has none
     p_challenger: np.ndarray,  # Walk-forward forecasts, (N,); NaN where there is none
     labels: np.ndarray,  # LABEL rows, (N,)
-    min_confidence: float,  # Least distance of a forecast from 0.5
+    min_confidence,  # Least distance from 0.5: one number, or (N,) of each of the two
 ) -> Contest | None:  # None: fewer than 200 rows on which both can be asked
     "Set two models side by side on rows that neither has seen"
     both = np.isfinite(p_champion) & np.isfinite(p_challenger) & labels["is_valid"]
@@ -102,7 +102,8 @@ def contest(
         return None
     rows, hours = labels[both], np.ptp(labels["ts_start"][both]) / 3.6e12
     sides = [p_champion[both], p_challenger[both]]
-    walked = [follow(p, rows, min_confidence) for p in sides]
+    least = np.broadcast_to(min_confidence, (2, len(labels)))[:, both]
+    walked = [follow(p, rows, m) for p, m in zip(sides, least, strict=True)]
     scores = [_scores(p, rows) for p in sides]
     for one, row in zip(walked, scores, strict=True):
         n = len(one.net_bps)

@@ -149,6 +149,7 @@ class Chosen(NamedTuple):
     net_bps: np.ndarray  # Net result of each trade, bps
     tried: tuple[Tried, ...]  # All bounds tried on all tested rows, lowest first
     n_tried: int  # Bounds tried in all
+    row_bounds: np.ndarray  # Bound in force at each row, (N,); inf where nothing was traded
 
     def to_dict(self) -> dict:  # JSON-able: min_confidence, by_fold, n, net_bps, tried, n_tried
         "Write it as plain values; None stands for: do not trade"
@@ -174,19 +175,18 @@ def choose_forward(
     "Choose bounds by what was known before each stretch, and trade it"
     start, end = labels["ts_start"], labels["ts_end"]
     net = np.stack([labels["long_net_bps"], labels["short_net_bps"]], axis=1)
-    bounds, places, n_tried = [], [np.zeros(0, np.int64)], 0
+    bounds, n_tried, by_row = [], 0, np.full(len(labels), np.inf)
     folds = sorted(set(found.fold[found.fold >= 0].tolist()))
     for k in folds[1:]:
         past = np.flatnonzero(known_before(found, labels, k, embargo_ns))
-        mine = np.flatnonzero(found.fold == k)
         tried = try_bounds(p_up[past], net[past], start[past], end[past])
         bounds.append(choose_bound(tried, min_trades))
         n_tried += len(tried)
-        places.append(mine[taken(p_up[mine], bounds[-1], start[mine], end[mine])])
+        by_row[found.fold == k] = bounds[-1]
     at = np.flatnonzero(found.fold >= 0)
     tried = try_bounds(p_up[at], net[at], start[at], end[at])
-    where = np.concatenate(places)
-    kept = where, results_at(p_up, net, where), tuple(tried), n_tried + len(tried)
+    where = taken(p_up, by_row, start, end)
+    kept = where, results_at(p_up, net, where), tuple(tried), n_tried + len(tried), by_row
     return Chosen(choose_bound(tried, min_trades), tuple(bounds), *kept)
 
 # %% ../../nbs/training/34_forward.ipynb #4de37ed3

@@ -29,7 +29,7 @@ def _taken(distance, bound, ts_start, ts_end):
     "Walk the rows; the loop behind `taken`"
     out, n, free = np.empty(len(distance), np.int64), 0, -(2**62)
     for i in range(len(distance)):
-        if distance[i] >= bound and ts_start[i] >= free:
+        if distance[i] >= bound[i] and ts_start[i] >= free:
             out[n] = i
             n += 1
             free = ts_end[i]
@@ -38,14 +38,14 @@ def _taken(distance, bound, ts_start, ts_end):
 
 def taken(
     p_up: np.ndarray,  # Forecasts, (N,), 0 to 1; NaN: none
-    bound: float,  # Least distance from one half, 0 to 0.5; inf: nothing is traded
+    bound,  # Least distance from one half: one number or (N,), 0 to 0.5; inf: not traded
     ts_start: np.ndarray,  # When each label starts, (N,), int64 ns, not decreasing
     ts_end: np.ndarray,  # When each label ends, (N,), int64 ns
 ) -> np.ndarray:  # Places of the trades, int64, increasing
     "Choose the rows that one position at a time would trade"
     distance = np.abs(np.asarray(p_up, np.float64) - 0.5)
     start, end = (np.ascontiguousarray(t, np.int64) for t in (ts_start, ts_end))
-    return _taken(distance, float(bound), start, end)
+    return _taken(distance, np.broadcast_to(np.float64(bound), distance.shape), start, end)
 
 # %% ../../nbs/training/24_thresholds.ipynb #9264d94e
 def results_at(
