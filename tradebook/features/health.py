@@ -25,13 +25,14 @@ QUANTILES = (0.001, 0.01, 0.5, 0.99, 0.999)
 def longest_runs(
     x: np.ndarray,  # Features, (T, F), oldest first
 ) -> np.ndarray:  # Most rows in a row without a change of a known value, (F,) int64
-    "Count how long each column stood still"
+    "Count how long each column stood still; rows in which it was unknown are passed over"
     most = np.zeros(x.shape[1], np.int64)
     for k in range(x.shape[1]):
-        run = 0
-        for i in range(1, len(x)):
-            run = run + 1 if x[i, k] == x[i - 1, k] else 0
-            most[k] = max(most[k], run)
+        run, last = 0, np.nan
+        for i in range(len(x)):
+            if np.isfinite(x[i, k]):
+                run = run + 1 if x[i, k] == last else 0
+                most[k], last = max(most[k], run), x[i, k]
     return most
 
 
@@ -138,7 +139,7 @@ class HealthBounds(NamedTuple):
 
     silent_s: float = 60.0  # Longest time without a known value, seconds
     unknown_share: float = 0.10  # On top of three times the share in training
-    stuck_rows: int = 60  # Least number of rows without a change; or three times training's
+    stuck_rows: int = 120  # Least number of rows without a change; or three times training's
     outside_share: float = 0.05  # Share of rows outside the range of training
     slack: float = 0.5  # Widths of that range, from 0.1 % to 99.9 %, by which it is widened
     memory_rows: int = 300  # How many rows the shares remember
