@@ -31,6 +31,7 @@ from ..market.instruments import Instrument
 from ..market.store import DAY_NS, Store
 from .progress import Stage, Stages
 from ..policy.rules import NEVER, rules_from
+from ..trader.before import bars_before
 from ..trader.feed import StoreFeed
 from ..trader.loop import count_books, fill_row, order_row, run_tag
 from ..trader.session import choose_model
@@ -342,7 +343,9 @@ def open_stretch(
     feed = open_feed(settings, venue, symbol, start_ns, stop_ns)
     chosen = settings.features
     columns = feature_set(chosen.set, chosen.interval_ms)
-    return feed, build_features(feed.events, feed.instrument, columns, chosen.max_age_ms)
+    before = bars_before(Store(settings.path("data") / "market"), venue, symbol, columns, start_ns)
+    more = chosen.max_age_ms, before
+    return feed, build_features(feed.events, feed.instrument, columns, *more)
 
 # %% ../../nbs/ops/05_pipeline.ipynb #9017caf7
 def record_backtest(

@@ -120,10 +120,13 @@ class PaperTrader:
         predictor: Predictor | None,  # The model, loaded; None without one
         standing_block: Cause | None = None,  # Why no position may be opened in this run
         explain: Callable[[np.ndarray], str] | None = None,  # Row -> reasons; None: none are kept
+        before: FeatureStream | None = None,  # What came before, see `before.bars_before`
     ):
         chosen, latency_ms = settings.features, settings.backtest.order_latency_ms
         columns = feature_set(chosen.set, chosen.interval_ms)
         self.stream = FeatureStream(of, columns, chosen.max_age_ms)
+        if before is not None:
+            self.stream.go_on_from(before)
         self.reader, self.log, self.predictor = ViewReader(columns), log, predictor
         self.watch = RowWatch.of(predictor.model.facts, columns) if predictor else None
         self.explain, self.ill = explain, ""

@@ -20,6 +20,7 @@ from ..features.rows import FeatureStream
 from ..features.schema import feature_set
 from ..market.book import BOOK_LOCKED, book_status
 from ..market.store import Store
+from .before import bars_before, waiting_text
 from .feed import StoreFeed
 from .loop import PaperTrader, RunLog
 from .startup import StartupError, Step, run_steps
@@ -111,6 +112,10 @@ def startup_steps(
         now_ns = int(found["feed"].events["ts_recv"][0])
         return choose_model(settings, venue, symbol, found["universe"].state, now_ns)
 
+    def bars(found):
+        columns = feature_set(settings.features.set, settings.features.interval_ms)
+        return bars_before(store, venue, symbol, columns, start_ns)
+
     return [
         Step("journal", "the database", lambda found: Journal(root / "journal.db")),
         Step("universe", "the store's manifests", universe),
@@ -120,6 +125,7 @@ def startup_steps(
             lambda found: StoreFeed(store, venue, symbol, start_ns, stop_ns),
         ),
         Step("model", "the model's files", model),
+        Step("bars", "the days before, for the candle columns", bars),
         Step(
             "first book",
             "a snapshot and its updates",
@@ -207,7 +213,11 @@ def _trade(journal, run_id, settings, found, tell) -> dict[str, Any]:
         ask_for_model(journal, feed.instrument.venue, feed.instrument.symbol, model)
     log = RunLog(journal, run_id, settings.trader.journal_flush_rows)
     explain = Reasons.of(model.predictor.model).text if model.predictor else None
-    trader = PaperTrader(settings, feed.instrument, log, model.predictor, model.block, explain)
+    given = log, model.predictor, model.block, explain, found["bars"]
+    trader = PaperTrader(settings, feed.instrument, *given)
+    if waits := waiting_text(trader.stream):
+        now_ns, code = int(feed.events["ts_recv"][0]), str(Cause.FEATURES_WARMING_UP)
+        journal.record_event(run_id, now_ns, code, {"detail": waits})
     try:
         summary = trader.run(
             feed.events, feed, lambda done, total: tell("progress", done=done, total=total)
@@ -222,4 +232,5 @@ def _trade(journal, run_id, settings, found, tell) -> dict[str, Any]:
     version = model.predictor.model.version if model.predictor else None
     block = str(model.block) if model.block else None
     made = {"run_id": run_id, "model_version": version, "block": block, "detail": model.detail}
+    made |= {"waits": waits}
     return {**made, "settings_hash": settings.hash, **summary}
