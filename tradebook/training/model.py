@@ -34,6 +34,7 @@ from tradebook.training.metrics import (
     score_direction,
     time_blocks,
 )
+from .skipping import Skipping, fit_skipping
 
 # %% ../../nbs/training/02_model.ipynb #23730398
 def usable_rows(
@@ -151,11 +152,24 @@ class DirectionModel:
     calibration: dict | None = None  # The curve, as from `Calibration.to_dict`; None: none
     thresholds: dict = field(default_factory=dict)  # The bound, as from `Chosen.to_dict`
     tuning: dict = field(default_factory=dict)  # The search, as from `Tuned.to_dict`
+    row_bounds: np.ndarray | None = None  # Bound chosen before each row, (N,); inf: not traded
+    skipping: Skipping | None = None  # The model that says take or skip; None without one
+    is_skipped: np.ndarray | None = None  # What that would have skipped, (N,), bool
 
     @property
     def texts(self) -> tuple[str, ...]:
         "All forests, the first one first"
         return (self.model_text, *self.members)
+
+    def least_confidence(
+        self,
+        settings: Settings,  # signal.threshold and signal.min_confidence
+    ) -> np.ndarray:  # Least distance from one half at each row, (N,); inf: not traded
+        "Say from where on its walk-forward forecasts would have been traded"
+        n, own = len(self.p_up_out_of_fold), self.row_bounds
+        is_own = settings.signal.threshold == "model" and own is not None
+        least = own if is_own else np.full(n, settings.signal.min_confidence)
+        return least if self.is_skipped is None else np.where(self.is_skipped, np.inf, least)
 
 # %% ../../nbs/training/02_model.ipynb #9b98ec78
 def _measure(x, labels, found: Forward, fixed: Corrected, names, seed) -> dict:
@@ -224,6 +238,17 @@ def _arrays(n: int, usable: np.ndarray, *values: np.ndarray) -> list[np.ndarray]
     whole[:, usable] = values
     return list(whole)
 
+
+def _skipping(x, labels, names, p_up, settings, learner) -> tuple[Skipping | None, dict]:
+    "Fit the model that says take or skip, if it is asked for; or say why there is none"
+    if not settings.training.is_meta:
+        return None, {}
+    try:
+        found = fit_skipping(x, labels, names, p_up, settings, learner)
+    except ModelError as error:
+        return None, {"meta": {"why_not": str(error)}}
+    return found, {"meta": found.metrics}
+
 # %% ../../nbs/training/02_model.ipynb #8e79b92d
 def fit_direction(
     x: np.ndarray,  # Features, (N, F), NaN where not known, oldest first
@@ -251,14 +276,17 @@ def fit_direction(
     metrics = {**counts, "n_train": counts["n_up"] + counts["n_down"]}
     metrics |= _measure(seen, known, found, fixed, names, chosen.seed)
     metrics |= {"top_features": top_features(forest.texts[0]), "rounds": list(forest.rounds)}
-    everywhere, raw = _arrays(len(x), usable, fixed.p_up, found.p_up)
+    skipping, told = _skipping(seen, known, names, fixed.p_up, settings, learner)
+    skipped = skipping.is_skipped if skipping else np.zeros(len(known))
+    values = fixed.p_up, found.p_up, bounds.row_bounds, skipped
+    everywhere, raw, row_bounds, skipped = _arrays(len(x), usable, *values)
     return DirectionModel(
         model_text=forest.texts[0],
         members=forest.texts[1:],
         feature_names=names,
         feature_set_hash=feature_set.hash,
         move_slope_bps=metrics["move_slope"]["slope_bps"],
-        metrics=metrics,
+        metrics=metrics | told,
         label_definition=settings.labels.model_dump(),
         settings_hash=settings.hash,
         ts_first=int(known["ts_start"][0]),
@@ -268,4 +296,7 @@ def fit_direction(
         calibration=fixed.curve.to_dict() if fixed.curve.kind != "none" else None,
         thresholds=bounds.to_dict(),
         tuning=tuning,
+        row_bounds=np.where(np.isnan(row_bounds), np.inf, row_bounds),
+        skipping=skipping,
+        is_skipped=skipped == 1,
     )

@@ -48,6 +48,7 @@ class Dossier:
     members: tuple[str, ...] = ()  # Further forests of an ensemble, LightGBM's own text
     meta_text: str | None = None  # Forest of the model that says take or skip
     meta_feature_names: tuple[str, ...] = ()  # Columns it expects; empty: those of the first
+    meta: dict = field(default_factory=dict)  # calibration, min_distance, min_chance of that model
     calibration: dict | None = (
         None  # As from `Calibration.to_dict`; None: probabilities as the forest gives them
     )
@@ -141,6 +142,7 @@ _FROM_DOSSIER = (
     "trials",
     "valid_until_ns",
     "meta_feature_names",
+    "meta",
 )
 
 # %% ../../nbs/training/05_publish.ipynb #14785b36
@@ -247,6 +249,11 @@ def completed(
     "Put what a model brings itself into its dossier, where its makers said nothing"
     search = ("study", "n_trials", "n_pruned", "score", "learner")
     tried = {k: model.tuning[k] for k in search if k in model.tuning}
+    if model.skipping and not dossier.meta_text:
+        second = model.skipping
+        dossier = replace(
+            dossier, meta_text=second.text, meta_feature_names=second.names, meta=second.facts
+        )
     return replace(
         dossier,
         members=dossier.members or tuple(model.members),
