@@ -22,7 +22,7 @@ from ..backtest.replay import round_trips
 from ..base.errors import ModelError, ReportError, nearest
 from ..base.journal import Journal
 from ..market.instruments import Instrument, instrument
-from .funnel import RankedCause, count_stages, rank_causes
+from .funnel import RankedCause, count_stages, name_features, rank_causes
 from ..venue.orders import Fill, OrderIntent
 
 # %% ../../nbs/ops/09_evidence.ipynb #a2f24628
@@ -189,7 +189,7 @@ def gather(
             read(run_id) for read in (journal.decisions, journal.orders, journal.fills)
         )
         stages = count_stages(found["summary"], rows, orders, fills)
-        causes = rank_causes(journal.count_by(run_id, "cause"))
+        causes = rank_causes(journal.count_by(run_id, "cause"), name_features(rows))
     decisions = pd.DataFrame(rows)
     if decisions.empty:
         decisions = pd.DataFrame(columns=["ts_decided", "symbol"])

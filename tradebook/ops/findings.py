@@ -24,6 +24,7 @@ from tradebook.ops.checks import (
     Verdict,
     check_coverage,
     check_edge,
+    check_features,
     check_model,
     check_money,
     check_parity,
@@ -55,7 +56,7 @@ def as_number(
 # %% ../../nbs/ops/10_findings.ipynb #73ff2ae6
 def run_checks(
     e: Evidence,  # One run
-) -> list[Check]:  # Money, edge, parity, coverage, model, staleness
+) -> list[Check]:  # Money, edge, parity, coverage, model, staleness, features
     "Look at everything that can be wrong with a run"
     parity, auc = e.facts.get("parity") or {}, e.model.get("metrics", {}).get("auc") or {}
     coverage, holes = as_number(e.quality.get("coverage")), int(e.quality.get("n_gaps", 0))
@@ -68,7 +69,17 @@ def run_checks(
         check_coverage(coverage, holes),
         check_model(as_number(auc), as_number(auc.get("low"))),
         check_staleness(ages, e.setting("gates.max_data_age_ms", 2000)),
+        *_feature_check(e),
     ]
+
+
+def _feature_check(e: Evidence) -> list[Check]:
+    "Look at what the model did not know; nothing where no model was asked"
+    asked = e.decisions[e.decisions.p_up.notna()] if "p_up" in e.decisions else e.decisions[:0]
+    if not len(asked) or "outside" not in asked:
+        return []
+    told = (pd.to_numeric(asked[name]).to_numpy(float) for name in ("outside", "n_dead"))
+    return [check_features(*told, e.setting("gates.max_outside", 0.5))]
 
 # %% ../../nbs/ops/10_findings.ipynb #6683b7b9
 def run_verdict(
