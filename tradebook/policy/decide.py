@@ -33,7 +33,7 @@ def data_block(
     return Cause.BOOK_ONE_SIDED if market.status == BOOK_ONE_SIDED else Cause.DATA_GAP
 
 
-WARM_UP_S = 10.0  # Longer than any feature's warm-up; a value missing later is a fault
+WARM_UP_S = 10.0  # Longer than any column of the book; a value missing later is a fault
 
 
 def model_block(
@@ -47,7 +47,7 @@ def model_block(
     if market.ts > rules.model_expires_ns:
         return Cause.MODEL_EXPIRED
     if market.n_nan:
-        is_young = not market.since_gap_s > WARM_UP_S
+        is_young = not market.since_gap_s > WARM_UP_S or market.n_waiting == market.n_nan
         return Cause.FEATURES_WARMING_UP if is_young else Cause.FEATURE_NAN
     if prediction is None:
         return Cause.MODEL_MISSING

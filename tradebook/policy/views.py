@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..base.causes import Cause
+from ..features.slow_columns import BarFeature
 
 # %% ../../nbs/policy/00_views.ipynb #2ee84bc7
 class MarketView(NamedTuple):
@@ -28,6 +29,9 @@ class MarketView(NamedTuple):
     volatility_bps: float  # Realised over a minute, basis points
     since_gap_s: float  # Since the start or the last hole, seconds
     n_nan: int  # Features without a value
+    n_waiting: int = (
+        0  # Of these, candle columns: their windows are not full, however long it takes
+    )
 
     @property
     def age_ns(self) -> int:  # How old the book is, ns
@@ -44,6 +48,8 @@ class ViewReader:
     ):
         names = ("spread_bps", "volatility_60s_bps", "since_gap_s")
         self.spread, self.volatility, self.since_gap = map(feature_set.index, names)
+        columns = enumerate(getattr(feature_set, "features", ()))
+        self.bars = np.array([k for k, f in columns if isinstance(f, BarFeature)], np.int64)
 
     def read(
         self,
@@ -55,7 +61,9 @@ class ViewReader:
         ts, ts_book, bid, ask, _, _, _, status = row.item()
         spread, volatility = float(x[self.spread]), float(x[self.volatility])
         since = float(x[self.since_gap])
-        return MarketView(ts, ts_book, bid, ask, status, spread, volatility, since, n_nan)
+        n_waiting = int(np.isnan(x[self.bars]).sum()) if n_nan and len(self.bars) else 0
+        known = spread, volatility, since, n_nan, n_waiting
+        return MarketView(ts, ts_book, bid, ask, status, *known)
 
 # %% ../../nbs/policy/00_views.ipynb #5c9bac59
 class Prediction(NamedTuple):
