@@ -1,10 +1,8 @@
 """Work spread over processes and over a real cluster: same answers, order kept, deaths named and survived."""
 
-import json
 import os
 import signal
-import subprocess
-import sys
+import socket
 import threading
 import time
 from functools import partial
@@ -12,18 +10,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from clusters import Cluster, until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tradebook
 from tradebook.base.errors import DataError, SettingsError
+from tradebook.training import cluster as cluster_module
 from tradebook.training import scale
+from tradebook.training.cluster import connect
 from tradebook.training.learners import Learner, parameters
 from tradebook.training.metrics import auc
 from tradebook.training.one_big_model import fit_on_cluster
-from tradebook.training.scale import connect, run_each, values
-
-HERE = Path(__file__).resolve().parent
+from tradebook.training.scale import run_each, values
 
 
 def spread_of(seed, n=2_000):
@@ -130,61 +129,14 @@ def test_every_item_has_its_own_outcome(items):
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    "A scheduler and two worker processes, on the loopback only, without a dashboard"
+    "A scheduler and two worker processes, on the loopback only"
     pytest.importorskip("distributed")
-    folder = tmp_path_factory.mktemp("cluster")
-    env = {**os.environ, "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}", "OMP_NUM_THREADS": "1"}
-    env["DASK_DISTRIBUTED__WORKER__DAEMON"] = "False"
-    logs, processes = open(folder / "log", "w"), []
-
-    def start(*command):
-        full = [sys.executable, "-m", "distributed.cli." + command[0], *command[1:]]
-        processes.append(subprocess.Popen(full, cwd=folder, env=env, stdout=logs, stderr=logs))
-
-    place = folder / "scheduler.json"
-    shared = ["--no-dashboard", "--host", "127.0.0.1"]
-    start("dask_scheduler", *shared, "--port", "0", "--scheduler-file", str(place), "--no-show")
-    until(place.exists)
-    until(lambda: place.read_text().strip().endswith("}"))
-    address = json.loads(place.read_text())["address"]
-
-    def worker():
-        options = ["--nthreads", "1", "--no-nanny", "--local-directory", str(folder)]
-        start("dask_worker", address, *shared, *options)
-        return processes[-1]
-
-    worker(), worker()
-    yield address, processes, worker
-    for process in processes:
-        process.kill()
-        process.wait()
-    logs.close()
-
-
-def until(is_so, wait_s=40):
-    "Wait for something that will come"
-    end = time.monotonic() + wait_s
-    while not is_so():
-        assert time.monotonic() < end, "it did not come"
-        time.sleep(0.05)
-
-
-def ready(address, n):
-    "Wait until n workers are there"
-
-    def is_there():
-        try:
-            with connect(address) as client:
-                return len(client.nthreads()) >= n
-        except SettingsError:
-            return False
-
-    until(is_there)
+    with Cluster(tmp_path_factory.mktemp("cluster")) as made:
+        yield made
 
 
 def test_a_cluster_answers_bit_for_bit_like_this_process(cluster):
-    address, *_ = cluster
-    ready(address, 1)
+    address = cluster.ready(2)
     seeds = list(range(20))
     here, there = run_each(spread_of, seeds, workers=0), run_each(spread_of, seeds, dask=address)
     assert all(same(a, b) for a, b in zip(values(here), values(there), strict=True))
@@ -193,11 +145,15 @@ def test_a_cluster_answers_bit_for_bit_like_this_process(cluster):
     assert done[3].error == "DataError: day 3 is odd; give an even one"
 
 
-def test_a_cluster_of_other_versions_is_refused(cluster, monkeypatch):
-    address, *_ = cluster
-    ready(address, 1)
+def test_a_cluster_of_other_versions_is_refused(cluster, monkeypatch, tmp_path):
+    address = cluster.ready(2)
     monkeypatch.setattr(tradebook, "__version__", "another")
     with pytest.raises(SettingsError, match="would compute with other versions"):
+        connect(address)
+    monkeypatch.undo()
+    (tmp_path / "__init__.py").write_text("# the same version, but another copy")
+    monkeypatch.setattr(tradebook, "__file__", str(tmp_path / "__init__.py"))
+    with pytest.raises(SettingsError, match="other versions: code "):
         connect(address)
 
 
@@ -207,12 +163,26 @@ def test_no_scheduler_and_no_address_are_named():
         connect("tcp://127.0.0.1:9", wait_s=1)
     with pytest.raises(SettingsError, match="must be the address of a scheduler"):
         run_each(str, [1], dask="cluster")
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # it listens, and never says a word
+        address = f"tcp://127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(SettingsError, match=f"{address}: no scheduler answered within"):
+            connect(address, wait_s=0.5)
+
+
+def test_a_worker_that_stands_still_is_refused_within_a_bound(cluster):
+    address = cluster.ready(2)
+    still = cluster.alive()[0]
+    still.send_signal(signal.SIGSTOP)
+    try:
+        with pytest.raises(SettingsError, match="not every worker said its versions within 2 s"):
+            connect(address, wait_s=2)
+    finally:
+        still.send_signal(signal.SIGCONT)
 
 
 def test_a_worker_killed_in_the_middle_costs_nothing_but_time(cluster, tmp_path):
-    address, workers, _ = cluster
-    ready(address, 2)
-    victim, killed = workers[1], []
+    address = cluster.ready(2)
+    victim, killed = cluster.alive()[0], []
 
     def kill_one(done, total, name):
         if done == 2:
@@ -248,10 +218,7 @@ def big(address, folder, rounds, attempts=2):
 def test_a_forest_survives_a_killed_worker_and_is_the_same_for_the_same_cluster(cluster, tmp_path):
     import lightgbm
 
-    address, workers, another = cluster
-    alive = [w for w in workers[1:] if w.poll() is None]
-    alive += [another() for _ in range(2 - len(alive))]
-    ready(address, 2)
+    address = cluster.ready(2)
     first = big(address, tmp_path, 30)
     assert all(big(address, tmp_path, 30) == first for _ in range(2))
     assert len({p.name.split("-")[2] for p in tmp_path.iterdir()}) == 2, "one worker read it all"
@@ -274,10 +241,23 @@ def test_a_forest_survives_a_killed_worker_and_is_the_same_for_the_same_cluster(
     until(lambda: len(list(marks.iterdir())) >= 6)
     time.sleep(1.0)
     assert fitting.is_alive(), "the fit was over before the worker could be killed"
-    alive[0].kill()
+    cluster.alive()[0].kill()
     fitting.join(60)
     assert not fitting.is_alive() and len(found) == 1
     assert lightgbm.Booster(model_str=found[0]).num_trees() == 400
     with pytest.raises(DataError, match="part 3 could not be read"):
         unreadable = refuse_odd
         fit_on_cluster(unreadable, [3], 1, NAMES, Learner(), address)
+
+
+@pytest.mark.parametrize("part", ["workers", "scheduler"])
+def test_a_lost_cluster_is_named_and_keeps_what_was_done(cluster, tmp_path, monkeypatch, part):
+    monkeypatch.setattr(cluster_module, "PATIENCE_S", 2.0)
+    address = cluster.ready(2)
+    victims = {"workers": cluster.alive(), "scheduler": cluster.processes[:1]}[part]
+    kill = lambda done, total, name: cluster.kill(victims if done == 3 else [])  # noqa: E731
+    done = run_each(partial(wait_for, str(tmp_path)), range(12), dask=address, progress=kill)
+    assert sum(one.is_ok for one in done) >= 3 and not done[-1].is_ok
+    assert all(one.value == n * n for n, one in enumerate(done) if one.is_ok)
+    told = {"workers": "all workers are gone, and none came", "scheduler": "the cluster is lost"}
+    assert all(f"--dask {address}: {told[part]}" in one.error for one in done if not one.is_ok)

@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..base.errors import DataError, ModelError, SettingsError, require
+from .cluster import connect
 from .learners import Learner, parameters
-from .scale import connect
 
 # %% ../../nbs/training/46_one_big_model.ipynb #903f75d7
 def holders(
