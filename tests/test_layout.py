@@ -17,7 +17,10 @@ LAYERS = (
 # What the trader may take from training: the registry's reader and the prediction, nothing that can train.
 TRADER_MAY_IMPORT = {
     f"tradebook.training.{name}"
-    for name in ("ledger", "registry", "forest", "prediction", "reasons")
+    for name in (
+        *("ledger", "registry", "forest", "prediction", "reasons"),
+        *("normal", "outliers", "watch"),  # read what a version knows of its training
+    )
 }
 HEAVY = {
     "vectorbt",

@@ -11,7 +11,6 @@ import numpy as np
 from ..base.errors import ModelError
 from ..features.health import TrainingRange, range_from, range_of, range_record
 from ..features.schema import FeatureSet
-from .model import DirectionModel
 from .outliers import OutlierGuard
 
 # %% ../../nbs/training/39_normal.ipynb #e7f7fed7
@@ -21,7 +20,7 @@ MOST_KEPT = 3_000  # Forecasts kept with a version, about
 def normal_facts(
     x: np.ndarray,  # Features the model was fitted on, (N, F); NaN where not known
     labels: np.ndarray,  # LABEL rows, (N,)
-    model: DirectionModel,  # Fitted on them
+    model,  # DirectionModel fitted on them; the trader reads this module and may not import that
 ) -> dict:  # JSON-able: ranges of the guard, health of the columns, forecasts with outcomes
     "Collect what was normal when a model was made"
     p_up = model.p_up_out_of_fold
