@@ -12,13 +12,14 @@ from functools import partial
 import numpy as np
 
 from ..base.errors import DataError, SettingsError, nearest
+from .bar_checks import probe_bars
 from .checks import probe_mirror, probe_stream
 from .claims import probe_holes, probe_scale, probe_warm_up
 from .edges import probe_edges
 from .findings import Found
 from .futures import probe_future
 from .rows import FeatureRows, build_features
-from .schema import FeatureSet, feature_set
+from .schema import FeatureSet, bar_groups, feature_set
 from ..market.events import FLAG_LAST, KIND_CLEAR
 from ..market.instruments import Instrument
 
@@ -41,6 +42,7 @@ CHECKS = {
     "warm-up": _warm_up,
     "hole": lambda e, of, fs, build: probe_holes(e, of, fs, build=build),
     "edges": lambda e, of, fs, build: probe_edges(of, fs, build=build),
+    "bars": lambda e, of, fs, build: probe_bars(e, of, fs, build=build),
 }
 
 # %% ../../nbs/features/29_suite.ipynb #ef743b9b
@@ -79,7 +81,10 @@ def run_checks(
         if name not in CHECKS:
             text = f"a check must be one of {', '.join(CHECKS)}, was {name!r}"
             raise SettingsError(f"{text}; {nearest(name, CHECKS)}".rstrip("; "))
-    chosen = {n: c for n, c in CHECKS.items() if not only or n in only}
+    bars = bar_groups(features)
+    idle = set() if bars else {"bars"}
+    idle |= {"edges"} if bars == features.groups and not features.own else set()
+    chosen = {n: c for n, c in CHECKS.items() if n in only or (not only and n not in idle)}
     chosen |= {n: partial(c, n_rows=n_rows, seed=seed) for n, c in chosen.items() if n == "future"}
     for k, (name, check) in enumerate(chosen.items()):
         if progress:

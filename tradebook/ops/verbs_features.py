@@ -91,7 +91,8 @@ def features_list(name: SetName = "", changes: Sets = None, is_json: Json = Fals
     features = chosen_set(read_settings(changes), name)
     rows = [column_record(f) for f in features.features]
     head = f"{features.name}: {len(rows)} columns, a row each {features.interval_ms:,} ms, "
-    head += f"hash {features.hash}. Sets: {', '.join(SETS)}."
+    head += f"hash {features.hash}. Sets: {', '.join(SETS)}; a plus joins them, "
+    head += "and groups such as trend_5m: default+trend_5m+trend_1h."
     table = columns_text([_column_line(row) for row in rows], ("looks back", "speaks after"))
     facts = {"set": features.name, "hash": features.hash, "interval_ms": features.interval_ms}
     return Answer({"ok": True, **facts, "sets": list(SETS), "columns": rows}, f"{head}\n\n{table}")
@@ -109,11 +110,12 @@ def events_to_check(
     from tradebook.market.instruments import instrument
     from tradebook.market.store import Store
 
+    most = minutes * 60, max(1_000_000, round(minutes * 50_000))  # seconds, events
     if is_synthetic:
         from tradebook.market.synthetic import synthetic_market
 
         made = synthetic_market(seed=11, duration_s=minutes * 60)
-        return piece_of(made.events, minutes * 60), made.instrument, "the built-in market"
+        return piece_of(made.events, *most), made.instrument, "the built-in market"
     venue, symbol = chosen_market(settings, *market)
     store = Store(settings.path("data") / "market")
     start, stop = span(*times)
@@ -124,7 +126,7 @@ def events_to_check(
         raise DataError(
             f"{venue} {symbol} has no event in that span; tradebook data list shows all"
         )
-    return piece_of(events, minutes * 60), instrument(venue, symbol), f"{venue} {symbol}"
+    return piece_of(events, *most), instrument(venue, symbol), f"{venue} {symbol}"
 
 # %% ../../nbs/ops/22_verbs_features.ipynb #bc597ae7
 _NEXT = (
@@ -166,7 +168,10 @@ def features_check(
         Optional[list[str]],  # noqa: UP045
         typer.Option("--check", metavar="NAME", help="Run this check only; repeatable."),
     ] = None,
-    minutes: Annotated[float, typer.Option(help="Longest piece to check on.", min=1.0)] = 20.0,
+    minutes: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="Longest piece to check on; by default what the set needs.", min=1.0),
+    ] = None,
     n_rows: Annotated[int, typer.Option("--rows", help="Rows given other futures.", min=1)] = 20,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     root: Root = None,
@@ -174,12 +179,14 @@ def features_check(
     is_json: Json = False,
 ) -> Answer:
     "Hold a feature set to what it claims; ends with 6 when a column fails."
+    from tradebook.features.bar_checks import needed_minutes
     from tradebook.features.schema import need_source
     from tradebook.features.suite import run_checks
 
     settings = read_settings(changes, root)
     features = chosen_set(settings, name)
     need_source(features, "events")
+    minutes = minutes or needed_minutes(features)
     given = (venue, symbol), (start, stop), minutes, is_synthetic
     with shown(is_json) as stages, stages.stage("check") as stage:
         events, of, where = events_to_check(settings, *given)
