@@ -69,8 +69,8 @@ class Collector(Section):
 class Features(Section):
     "Which features are computed, and how often"
 
-    set: str = _key("default", "Name of the feature set.", min_length=1)
-    interval_ms: int = _key(1000, "Time between rows, milliseconds.", ge=10, le=60_000)
+    set: str = _key("default", "Feature set, or several with + between.", min_length=1)
+    interval_ms: int = _key(1000, "Time between rows, milliseconds.", ge=10, le=1_800_000)
     max_age_ms: int = _key(2000, "Oldest book a row may describe, milliseconds.", gt=0)
 
 # %% ../../nbs/base/02_sections.ipynb #5c51079d
