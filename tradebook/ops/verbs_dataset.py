@@ -12,7 +12,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from .answers import Answer, guarded
-from .options import From, Json, Root, Sets, To, read_settings, shown, span
+from .options import Dask, From, Json, Root, Sets, To, read_settings, shown, span
 from .verbs_data import FAILED, AnyVenue, chosen_markets, columns_text
 
 # %% ../../nbs/ops/23_verbs_dataset.ipynb #9c4be7bb
@@ -99,6 +99,7 @@ def dataset_build(
         Optional[int],  # noqa: UP045
         typer.Option(help="Processes; 0: none but this one; by default one a core.", min=0),
     ] = None,
+    dask: Dask = "",
     root: Root = None,
     changes: Sets = None,
     is_json: Json = False,
@@ -118,7 +119,7 @@ def dataset_build(
     request = Request(tuple(markets), *span(start, stop), columns, asked, floor)
     with shown(is_json) as stages:
         folders = place / "market", place / "datasets"
-        built = build_dataset(*folders, request, workers, stages.stage)
+        built = build_dataset(*folders, request, workers, stages.stage, dask)
         times = stages.to_list()
     file = place / "datasets" / f"{built.id}.json"
     step = f"tradebook dataset show {built.id}"

@@ -9,6 +9,7 @@ __all__ = ['Request', 'MarketPlan', 'plan_market', 'pace', 'watched', 'Round', '
 # %% ../../nbs/training/14_building.ipynb #edcfcf6d
 import hashlib
 import json
+import platform
 import tempfile
 import threading
 import time
@@ -110,9 +111,10 @@ def pace(
 
 
 def _tell(path, n_events, note):
-    "Add a line for who watches"
-    with open(path, "a") as file:
-        file.write(f"{n_events} {note}\n")
+    "Add a line for who watches; on a cluster nobody does"
+    if path is not None:
+        with open(path, "a") as file:
+            file.write(f"{n_events} {note}\n")
 
 
 @contextmanager
@@ -149,6 +151,9 @@ def watched(
 def _run_features(item) -> list[DayDone]:
     "Make the features of one run of days"
     recipe, days, lines = item
+    if not recipe.store.is_dir():
+        text = f"{recipe.store} is not there on {platform.node()}"
+        raise DataError(f"{text}; workers must see the folders of the data root by the same names")
     done, before = [], ""
     for day in days:
         done.append(make_features(recipe, day, before))
@@ -178,7 +183,7 @@ class Round(NamedTuple):
 
 def rounds(
     plans: dict[int, MarketPlan],  # By place in the request
-    lines: Path,  # File in which workers say what they have done
+    lines: Path | None,  # File in which workers say what they have done; None: nobody reads it
 ) -> tuple[Round, Round]:  # Features and labels
     "Lay out the work on all markets"
     runs = [(k, plan, run) for k, plan in plans.items() for run in plan.runs]
@@ -302,21 +307,26 @@ class Built(NamedTuple):
         return self.manifest["id"]
 
 
-def _do(one, workers, stage, lines) -> list[Outcome]:
+def _do(one, place, stage, lines) -> list[Outcome]:
     "Do one round of work"
+    workers, dask = place
+    if dask:
+        moved = stage and stage.update
+        given = {"dask": dask, "progress": moved}
+        return run_each(one.work, one.items, one.names, **given) if one.items else []
     workers = 0 if len(one.items) == 1 else workers
     with watched(lines, one.n_events, stage):
         return run_each(one.work, one.items, one.names, workers)
 
 
-def _attempt(plans, request, workers, stages, lines):
+def _attempt(plans, request, place, stages, lines):
     "Both rounds: what was done, and the first error of each market that failed"
     done, slices, errors = ({k: [] for k in range(len(request.markets))} for _ in range(3))
     for turn, kind in enumerate(("features", "labels")):
         left = {k: plan for k, plan in plans.items() if not errors[k]}
         one = rounds(left, lines)[turn]
         with stages(kind) as stage:
-            for k, outcome in zip(one.owners, _do(one, workers, stage, lines), strict=True):
+            for k, outcome in zip(one.owners, _do(one, place, stage, lines), strict=True):
                 if not outcome.is_ok:
                     errors[k].append(f"{outcome.name}: {outcome.error}")
                 elif turn:
@@ -335,9 +345,11 @@ def build_dataset(
     request: Request,  # What it shall hold
     workers: int | None = 0,  # Processes; None: one a core; 0: here, one after another
     stages: Callable | None = None,  # Called with "features", then "labels": gives what moves a bar
+    dask: str = "",  # Address of a Dask scheduler instead of processes; it sees the same folders
 ) -> Built:  # DataError where no market could be made
     "Make what is missing of a data set, and write its manifest"
     need_source(request.features, "events")
+    store, root = Path(store).resolve(), Path(root).resolve()
     plans, failed = {}, {}
     for k, market in enumerate(request.markets):
         try:
@@ -346,8 +358,8 @@ def build_dataset(
             failed[k] = str(error)
     shown = stages or (lambda name: nullcontext(None))
     with tempfile.TemporaryDirectory() as aside:
-        lines = Path(aside) / "lines"
-        done, slices, errors = _attempt(plans, request, workers, shown, lines)
+        lines = None if dask else Path(aside) / "lines"
+        done, slices, errors = _attempt(plans, request, (workers, dask), shown, lines)
     failed |= {k: found[0] for k, found in errors.items() if found}
     told = [dict(zip(("venue", "symbol"), request.markets[k], strict=True)) for k in sorted(failed)]
     told = [{**row, "error": failed[k]} for row, k in zip(told, sorted(failed), strict=True)]
