@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_training_model import QUICK, drawn
 
 from tradebook.backtest.parity import compare
 from tradebook.backtest.replay import run_backtest
@@ -31,7 +32,12 @@ from tradebook.policy.rules import NEVER, rules_from
 from tradebook.policy.views import MarketView, Prediction
 from tradebook.trader.feed import StoreFeed
 from tradebook.trader.loop import PaperTrader, RunLog
+from tradebook.trader.session import choose_model
+from tradebook.trader.states import SymbolState
+from tradebook.training.model import fit_direction
+from tradebook.training.normal import normal_facts
 from tradebook.training.outliers import FARTHEST, OutlierGuard
+from tradebook.training.publish import publish
 from tradebook.training.watch import Fitness, RowWatch
 
 CHOSEN = load_settings(environment={}, overrides={"gates.max_spread_bps": 50})
@@ -283,3 +289,24 @@ def test_parity_holds_on_a_real_recording_with_holes(recordings, journal, tmp_pa
     assert len(journal.fills(run_id)) > 20 and summary["n_outside"] > 0
     share = np.mean([d["cause"] == "FEATURE_DEAD" for d in found])
     assert share < 0.01, "a market with holes and quiet minutes is not dead"
+
+
+def test_a_record_that_cannot_be_read_stops_the_model_and_not_the_session(tmp_path, market):
+    x, labels, columns = drawn()
+    model = fit_direction(x, labels, columns, QUICK)
+    normal = json.loads(json.dumps(normal_facts(x, labels, model)))
+    broken = json.loads(json.dumps(normal))
+    broken["seen"]["longest_run"].pop()
+    wild = json.loads(json.dumps(normal))
+    wild["ranges"][columns.names[0]] = [None, 1]
+    now = int(labels["ts_end"].max()) // S * S
+    chosen = load_settings(environment={}, overrides={"paths.data": str(tmp_path)})
+    told = {}
+    for name, kept in {"whole": normal, "broken": broken, "wild": wild, "none": None}.items():
+        note = {"normal": kept} if kept else {}
+        publish(model, tmp_path / "models", "synthetic_SYN-USDT~USDT", now + S * len(told), note)
+        asked = (chosen, "synthetic", "SYN/USDT:USDT", SymbolState.TRAINED, now)
+        told[name] = choose_model(*asked)
+    assert [told[name].block for name in told] == [None, *[Cause.MODEL_CORRUPT] * 2, None]
+    assert told["whole"].detail == "" and "train it again" in told["none"].detail
+    assert "44 columns" in told["broken"].detail and told["wild"].predictor is None

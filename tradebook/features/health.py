@@ -89,7 +89,10 @@ def range_from(
     features.require(record["hash"], record["names"])
     q = np.array([[math.nan if v is None else v for v in row] for row in record["quantiles"]])
     share, run = np.array(record["unknown_share"], float), np.array(record["longest_run"], np.int64)
-    return TrainingRange(record["hash"], tuple(record["names"]), q.reshape(-1, 5), share, run)
+    shapes, n = (q.shape, share.shape, run.shape), len(features)
+    if shapes != ((n, 5), (n,), (n,)):
+        raise ModelError(f"a training range must have {n} columns in each list, was {shapes}")
+    return TrainingRange(record["hash"], features.names, q, share, run)
 
 # %% ../../nbs/features/28_health.ipynb #92167759
 class HealthState(NamedTuple):

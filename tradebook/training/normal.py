@@ -44,7 +44,10 @@ def guard_of(
     if set(ranges) != set(names):
         odd = sorted(set(ranges) ^ set(names))
         raise ModelError(f"note.normal.ranges must name the model's columns, differs in {odd[:3]}")
-    return OutlierGuard.from_dict({name: ranges[name] for name in names})
+    try:
+        return OutlierGuard.from_dict({name: ranges[name] for name in names})
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"note.normal.ranges must be two numbers a column: {error}") from None
 
 # %% ../../nbs/training/39_normal.ipynb #54dd0dd8
 def seen_of(
