@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['collect_events', 'import_recordings', 'split_time', 'open_feed', 'TrainingSet', 'training_request', 'rebuild_first',
-           'build_training_set', 'model_facts', 'start_run', 'backtest_record', 'series_of', 'train_symbol',
+           'build_training_set', 'start_run', 'backtest_record', 'series_of', 'Made', 'make_version', 'train_symbol',
            'Backtested', 'forecast', 'replay', 'open_stretch', 'record_backtest', 'backtest_symbol']
 
 # %% ../../nbs/ops/05_pipeline.ipynb #0cd8b5c4
@@ -29,6 +29,7 @@ from ..features.schema import feature_set
 from ..market.coverage import require_coverage
 from ..market.instruments import Instrument
 from ..market.store import DAY_NS, Store
+from .dossiers import dossier_of, model_facts, study_file
 from .progress import Stage, Stages
 from ..policy.rules import NEVER, rules_from
 from ..trader.before import bars_before
@@ -41,12 +42,19 @@ from ..training.building import Request, build_dataset, plan_market
 from ..training.canaries import Canary, check_rebuilt, fit_checked
 from ..training.datasets import load_dataset
 from ..training.label_sets import label_set
+from ..training.model import DirectionModel
 from ..training.normal import normal_facts
-from ..training.prediction import Predictor
-from ..training.publish import Dossier, data_facts, publish
+from ..training.prediction import Predictor, least_confidence
+from ..training.publish import publish
 from ..training.reasons import Reasons
 from ..training.registry import ModelVersion, Registry, symbol_key
-from ..training.trials import Record, forecast_record, qualify, result_series
+from tradebook.training.trials import (
+    Record,
+    forecast_record,
+    qualify,
+    result_series,
+    tried_facts,
+)
 from ..training.watch import RowWatch
 
 # %% ../../nbs/ops/05_pipeline.ipynb #678cc75f
@@ -162,33 +170,6 @@ def build_training_set(
     rebuilt, (market,) = rebuild_first(root, asked, len(data)), data.manifest["markets"]
     return TrainingSet(data.features, data.labels, market["n_events"], rebuilt, built.id)
 
-# %% ../../nbs/ops/05_pipeline.ipynb #185aeec9
-_SCORES = ("auc", "log_loss", "brier", "accuracy", "information_coefficient")
-
-
-def model_facts(
-    model: ModelVersion,  # A published version
-) -> dict:  # JSON-able: version, scores, intervals, calibration, importance, n_train, n_test
-    "Say what is known about a model"
-    m = model.metrics
-    facts = {"version": model.version, **{name: m[name]["value"] for name in _SCORES}}
-    facts |= {f"{name}_interval": [m[name]["low"], m[name]["high"]] for name in _SCORES}
-    facts |= {
-        "n_train": m["n_train"],
-        "n_test": m["n_test"],
-        "n_features": len(model.feature_names),
-    }
-    facts["metrics"] = {name: m[name] for name in _SCORES}
-    facts["importance"] = {row["name"]: row["gain_share"] for row in m["top_features"]}
-    kept = ("calibration", "baselines", "base_rate", "move_slope", "canaries", "opponents")
-    facts |= {name: m[name] for name in kept if name in m}
-    return facts | {
-        "move_slope_bps": model.move_slope_bps,
-        "feature_set_hash": model.feature_set_hash,
-        "ts_first": model.facts["ts_first"],
-        "ts_last": model.facts["ts_last"],
-    }
-
 # %% ../../nbs/ops/05_pipeline.ipynb #9cc5d38d
 def start_run(
     journal: Journal,  # Where to write
@@ -222,7 +203,54 @@ def series_of(
     "Write what a record earned, minute by minute"
     return result_series(record.net_bps, record.ts_out, record.span)
 
-# %% ../../nbs/ops/05_pipeline.ipynb #06414e7c
+# %% ../../nbs/ops/05_pipeline.ipynb #ec2556c1
+@dataclass(frozen=True)
+class Made:
+    "A fitted and registered model, and what it was made from"
+
+    rows: TrainingSet  # What it learned from
+    model: DirectionModel  # As fitted, with its walk-forward forecasts
+    version: ModelVersion  # As registered
+    facts: dict  # As from `model_facts`, with honesty
+
+
+def make_version(
+    settings: Settings,  # Features, labels, training
+    market: tuple[str, str],  # Venue and symbol
+    span: tuple[int | None, int | None] = (None, None),  # First moment and end, ns UTC
+    stages: Stages | None = None,  # Features, labels and train are a stage each
+    is_promoted: bool = True,  # False: register it, leave the model in force alone
+    note: str = "",  # Goes into the journal
+) -> Made:  # The job is journaled, also when it fails
+    "Train a model on a stretch of the store and publish it"
+    stages, root = stages or Stages(is_shown=False), settings.path("data")
+    with Journal(root / "journal.db") as journal:
+        run_id = start_run(journal, "training", settings, *market, note=note)
+        try:
+            made = build_training_set(settings, *market, *span, stages)
+            x, labels = made.features.x, made.labels
+            with stages.stage("train") as stage:
+                given = stage.update, [made.rebuilt], study_file(settings, *market)
+                model = fit_checked(made.features, labels, settings, *given)
+                stage.rows = model.metrics["n_train"]
+            with stages.stage("opponents"):
+                model = with_opponents(model, x, labels, settings)
+            said = {"n_events": made.n_events, "venue": market[0], "symbol": market[1]}
+            said |= {"dataset": made.dataset, "normal": normal_facts(x, labels, model)}
+            dossier = dossier_of(settings, journal, market, span, model)
+            where = root / "models", symbol_key(*market), WallClock().now_ns(), said
+            version = publish(model, *where, is_promoted, dossier)
+            facts, least = model_facts(version), model.least_confidence(settings)
+            record = forecast_record(model.p_up_out_of_fold, labels, least)
+        except TradebookError as error:
+            journal.finish_run(run_id, "failed", {"error": str(error)})
+            raise
+        told = {**facts, "series": series_of(record), **tried_facts(model.tuning)}
+        journal.finish_run(run_id, "ok", told)
+        honesty = qualify(journal.runs("training"), market, record, "training")
+    return Made(made, model, version, {**facts, "honesty": honesty})
+
+# %% ../../nbs/ops/05_pipeline.ipynb #f0c9dce1
 def train_symbol(
     settings: Settings,  # Features, labels, training
     venue: str,  # Name of the venue
@@ -231,41 +259,10 @@ def train_symbol(
     stop_ns: int | None = None,  # End, exclusive, ns UTC; None: the end
     stages: Stages | None = None,  # Features, labels and train are a stage each
     is_promoted: bool = True,  # False: register it, leave the model in force alone
-) -> dict:  # As from `model_facts`
-    "Train a model on a stretch of the store and publish it; the job is journaled, also when it fails"
-    stages, root = stages or Stages(is_shown=False), settings.path("data")
-    with Journal(root / "journal.db") as journal:
-        run_id = start_run(journal, "training", settings, venue, symbol)
-        try:
-            made = build_training_set(settings, venue, symbol, start_ns, stop_ns, stages)
-            with stages.stage("train") as stage:
-                model = fit_checked(
-                    made.features, made.labels, settings, stage.update, before=[made.rebuilt]
-                )
-                stage.rows = model.metrics["n_train"]
-            with stages.stage("opponents"):
-                model = with_opponents(model, made.features.x, made.labels, settings)
-            note = {"n_events": made.n_events, "venue": venue, "symbol": symbol}
-            normal = normal_facts(made.features.x, made.labels, model)
-            note |= {"dataset": made.dataset, "normal": normal}
-            key, now = symbol_key(venue, symbol), WallClock().now_ns()
-            data = data_facts(Store(root / "market"), venue, symbol, start_ns, stop_ns)
-            kept = {name: settings.to_dict()[name] for name in ("features", "labels", "training")}
-            tried = [
-                r for r in journal.runs("training") if (r["venue"], r["symbol"]) == (venue, symbol)
-            ]
-            trials = {"study": "tradebook train", "n_trials": len(tried)}
-            dossier = Dossier(data=data, settings=kept, trials=trials)
-            where = root / "models", key, now, note, is_promoted, dossier
-            facts = model_facts(publish(model, *where))
-            forecasts = (model.p_up_out_of_fold, made.labels, settings.signal.min_confidence)
-            record = forecast_record(*forecasts)
-        except TradebookError as error:
-            journal.finish_run(run_id, "failed", {"error": str(error)})
-            raise
-        journal.finish_run(run_id, "ok", {**facts, "series": series_of(record)})
-        honesty = qualify(journal.runs("training"), (venue, symbol), record, "training")
-    return {**facts, "honesty": honesty}
+) -> dict:  # As from `model_facts`, with honesty
+    "Train a model on a stretch of the store and publish it"
+    given = (venue, symbol), (start_ns, stop_ns), stages, is_promoted
+    return make_version(settings, *given).facts
 
 # %% ../../nbs/ops/05_pipeline.ipynb #8a7eb348
 @dataclass(frozen=True)
@@ -309,12 +306,13 @@ def replay(
     version = predictor.model.version if predictor else None
     max_age_days = settings.training.max_age_days
     until = predictor.model.expires_ns(max_age_days) if predictor else NEVER
+    least = least_confidence(settings, predictor.model.facts) if predictor else None
     watch = RowWatch.of(predictor.model.facts, features.feature_set) if predictor else None
     result = run_backtest(
         feed.events,
         features,
         *forecast(predictor, features),
-        rules_from(settings, of, block, model_expires_ns=until),
+        rules_from(settings, of, block, model_expires_ns=until, min_confidence=least),
         initial_equity_quote=chosen.initial_equity_quote,
         latency_ns=chosen.order_latency_ms * 1_000_000,
         run_tag=tag,

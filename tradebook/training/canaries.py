@@ -10,6 +10,7 @@ __all__ = ['CANARIES', 'MOST_HEIGHT', 'MOST_AUC', 'MOST_RANK', 'LEAST_MOMENTS', 
 # %% ../../nbs/training/47_canaries.ipynb #722718d1
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -319,11 +320,13 @@ def fit_checked(
     settings: Settings,  # Uses [training] and [labels]
     progress: Callable[[int, int], None] | None = None,  # Called with fits done and fits in all
     before: Iterable[Canary] = (),  # What was checked already, such as by `check_rebuilt`
+    study: Path | None = None,  # SQLite file for training.tune_trials
 ) -> DirectionModel:  # With what the canaries found in metrics["canaries"]
     "Fit P(up) on a set without leaks"
     found = canaries(features, labels, settings, before)
     require_no_leak(found)
-    model = fit_direction(features.x, labels, features.feature_set, settings, progress)
+    given = features.x, labels, features.feature_set, settings, progress, study
+    model = fit_direction(*given)
     found.append(check_score(model.metrics))
     require_no_leak(found)
     return replace(model, metrics={**model.metrics, "canaries": [one._asdict() for one in found]})
