@@ -23,13 +23,16 @@ from tradebook.ops.options import (
     Dask,
     From,
     Json,
+    Meta,
     Root,
     Sets,
     Symbol,
     To,
+    Tune,
     Venue,
     Workers,
     chosen_market,
+    fit_changes,
     read_settings,
     shown,
     span,
@@ -136,6 +139,8 @@ def train(
     start: From = "",
     stop: To = "",
     is_every: Annotated[bool, typer.Option("--every", help="Train all markets that fit.")] = False,
+    tune: Tune = None,
+    is_meta: Meta = False,
     workers: Workers = None,
     dask: Dask = "",
     root: Root = None,
@@ -146,7 +151,7 @@ def train(
     from tradebook.ops.compete import train_and_compete
     from tradebook.ops.many import many_answer, stored_markets, train_many, trained_lines
 
-    settings = read_settings(changes, root)
+    settings = read_settings(fit_changes(changes, tune, is_meta), root)
     with shown(is_json) as stages:
         if is_every or dask or workers is not None:
             markets = stored_markets(settings, venue, symbol)

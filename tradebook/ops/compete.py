@@ -21,7 +21,7 @@ from ..market.store import Store
 from .pipeline import open_stretch, replay, train_symbol
 from .progress import Stages
 from ..trader.feed import StoreFeed
-from ..training.gate import DEFAULT, Bounds, Judgement, Outcome, Reason, judge, settle
+from ..training.gate import Bounds, Judgement, Outcome, Reason, bounds_of, judge, settle
 from ..training.prediction import Predictor
 from ..training.registry import ModelVersion, Registry, symbol_key
 
@@ -98,9 +98,10 @@ def compete(
     challenger: ModelVersion,  # Who wants in
     start_ns: int | None = None,  # First moment, ns UTC; None: after both stopped learning
     stop_ns: int | None = None,  # End, exclusive, ns UTC; None: the end of the store
-    bounds: Bounds = DEFAULT,  # What to keep to
+    bounds: Bounds | None = None,  # What to keep to; None: as [promotion] says
 ) -> Judgement:  # Of the gate, nothing is changed
     "Let a version compete with the one in force"
+    bounds = bounds or bounds_of(settings)
     rows = Store(settings.path("data") / "market").listing()
     rows = [r for r in rows if (r["venue"], r["symbol"]) == (venue, symbol)]
     if not rows:
