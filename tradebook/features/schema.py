@@ -100,6 +100,11 @@ def source_of(
     return SOURCES.get(SETS.get(name, (name,))[0].partition("_")[0], "events")
 
 # %% ../../nbs/features/00_schema.ipynb #2c4a3cd5
+_ALONE = (
+    "it needs the feeds of several markets, and a data set or a session follows one; leave it out"
+)
+
+
 def groups_named(
     name: str,  # Name of a set, or names of sets and groups with a plus between
 ) -> tuple[str, ...]:  # Groups, in the order in which they were written
@@ -117,7 +122,9 @@ def groups_named(
         raise SettingsError(f"features.set must name each group once, was {name!r}: {twice} twice")
     if name not in SETS and any(source_of(g) == "streams" for g in groups):
         other = next(g for g in groups if source_of(g) == "streams")
-        raise SettingsError(f"features.set {name!r}: {other} is made of other markets' feeds")
+        raise SettingsError(
+            f"features.set {name!r}: {other} cannot stand beside the book: {_ALONE}"
+        )
     return tuple(groups)
 
 # %% ../../nbs/features/00_schema.ipynb #63bccae8
@@ -169,7 +176,9 @@ def _interval(name, interval_ms):
         return fixed_ms
     if fixed_ms:
         text = f"features.interval_ms of set {name!r}, made of {of}, must be {fixed_ms}"
-        raise SettingsError(f"{text} or left out, was {interval_ms}")
+        more = "; for rows of the book with these columns write default+" + "+".join(SETS[name])
+        more = more if of == "candles" else ""
+        raise SettingsError(f"{text} or left out, was {interval_ms}{more}")
     interval_ms = 1000 if interval_ms is None else interval_ms
     if interval_ms % beat_ms or not 10 <= interval_ms <= LONGEST_MS:
         text = f"features.interval_ms must be a multiple of {beat_ms} from {beat_ms} to 1,800,000"
@@ -227,6 +236,7 @@ def need_source(
         groups = [g for g in groups_of(features) if source_of(g) == "candles"]
         more = f", or add its bars to one: default+{'+'.join(groups)}" if groups else ""
         more = more if source == "events" else ""
+        more += f"; {features.name!r}: {_ALONE}" if features.source == "streams" else ""
         raise SettingsError(
             f"features.set {features.name!r} is made of {features.source}, here rows are made of "
             f"{source}; choose one of {', '.join(n for n in SETS if source_of(n) == source)}{more}"
