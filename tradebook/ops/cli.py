@@ -256,7 +256,7 @@ def why(
     "Show how far a run came, stage by stage, and what stopped it."
     from tradebook.base.journal import Journal
     from tradebook.ops.evidence import find_run
-    from tradebook.ops.funnel import funnel, funnel_text, ranked_causes
+    from tradebook.ops.funnel import funnel, funnel_text, incidents_text, ranked_causes
 
     place = journal_root(read_settings(changes, root), root is not None)
     if not (place / "journal.db").is_file():
@@ -264,10 +264,13 @@ def why(
     with Journal(place / "journal.db") as journal:
         found = find_run(journal, run)
         stages, causes = funnel(journal, found["run_id"]), ranked_causes(journal, found["run_id"])
+        incidents = journal.events(found["run_id"])
     head = f"Run {found['run_id']}: {found['kind']}, {found['symbol']} on {found['venue']}, {place}"
     data = {"ok": True, "run": found["run_id"], "kind": found["kind"], "data": str(place)}
     data |= {"funnel": dict(stages), "causes": [c._asdict() for c in causes]}
-    return Answer(data, f"{head}\n\n{funnel_text(stages, causes)}")
+    data["incidents"], more = incidents, incidents_text(incidents)
+    more = f"\n\nIncidents, with the last words of each:\n{more}" if more else ""
+    return Answer(data, f"{head}\n\n{funnel_text(stages, causes)}{more}")
 
 # %% ../../nbs/ops/07_cli.ipynb #9d49ef90
 @app.command()
