@@ -159,7 +159,7 @@ def funnel_text(
     lines = []
     for name, n in stages:
         mark = "  <- first stage at zero" if name == zero else ""
-        lines.append(f"{name:<18}{n:>13,}  {_bar(n, largest, width)}{mark}")
+        lines.append(f"{name:<24}{n:>13,}  {_bar(n, largest, width)}{mark}")
     lines += ["", explain(stages, causes), ""]
     for c in causes[:n_causes]:
         lines.append(f"{c.cause:<24}{c.count:>10,}  {c.share:>6.1%}  {c.meaning}")
