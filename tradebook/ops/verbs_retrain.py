@@ -12,7 +12,7 @@ import typer
 
 from ..base.errors import DataError
 from .answers import Answer, guarded
-from .options import Json, Root, Sets, Venue, read_settings, shown
+from .options import Dask, Json, Root, Sets, Venue, read_settings, shown
 
 # %% ../../nbs/ops/28_verbs_retrain.ipynb #e4474f77
 def summed_up(
@@ -56,6 +56,11 @@ def retrain(
         Optional[list[str]],  # noqa: UP045
         typer.Option("--symbol", help="Train this market at once; repeatable."),
     ] = None,
+    workers: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Train so many at the same time; by default one after another.", min=1),
+    ] = None,
+    dask: Dask = "",
     root: Root = None,
     changes: Sets = None,
     is_json: Json = False,
@@ -66,6 +71,7 @@ def retrain(
     from tradebook.base.queue import Reason
     from tradebook.market.store import Store
     from tradebook.ops.retrain import Trained, queue_due, retrain_all
+    from tradebook.ops.spreading import retrain_spread
     from tradebook.trader.states import choose_market
 
     settings = read_settings(changes, root)
@@ -89,7 +95,11 @@ def retrain(
                 done.append(one)
                 stage.update(len(done), total, one.symbol)
 
-            retrain_all(settings, journal, only, on_done=move)
+            if dask or workers:
+                places = {"workers": workers, "dask": dask}
+                retrain_spread(settings, journal, only, on_done=move, **places)
+            else:
+                retrain_all(settings, journal, only, on_done=move)
         waiting = [r for r in journal.queue() if r["state"] in ("waiting", "running", "failed")]
     status, code = summed_up(done)
     data = {"ok": code == 0, "status": status, "trained": [one._asdict() for one in done]}

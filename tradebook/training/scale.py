@@ -236,6 +236,7 @@ def run_each(
     attempts: int = 2,  # How often an item whose process died is tried, >= 1
     limit_s: float | None = None,  # Longest time for one item on processes, seconds; None: any
     progress: Callable[[int, int, str], None] | None = None,  # (done, all, name) after each
+    on_done: Callable[[int, Outcome], None] | None = None,  # (place, outcome) after each
 ) -> list[Outcome]:  # One an item, in the order of the items
     "Do the same work for each item, in processes of this machine or on a cluster"
     items = list(items)
@@ -254,6 +255,8 @@ def run_each(
     found: list[Outcome | None] = [None] * len(items)
     for n, (place, (value, error, *cost), tried) in enumerate(ended, start=1):
         found[place] = Outcome(names[place], value, error, *cost, tried)
+        if on_done:
+            on_done(place, found[place])
         if progress:
             progress(n, len(items), names[place])
     return found
