@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numba import njit
 
 from tradebook.backtest.parity import compare
 from tradebook.base.causes import Cause
@@ -19,6 +20,7 @@ from tradebook.base.settings import load_settings
 from tradebook.features import bars as bar
 from tradebook.features.bar_checks import needed_minutes
 from tradebook.features.claims import with_hole
+from tradebook.features.columns import Feature
 from tradebook.features.findings import bits_differ
 from tradebook.features.rows import FeatureStream, build_features, join_rows
 from tradebook.features.schema import feature_set
@@ -343,3 +345,33 @@ def test_a_gap_event_reaches_the_bars(market):
     assert frame.marks[0, 1] > 0
     stream.push(gap)
     assert frame.marks[0, 1] == 0
+
+
+@pytest.mark.parametrize("name", ["lead_lag", "basis", "default+lead", "trend_1m+funding"])
+def test_sets_of_several_markets_are_refused_by_name_at_the_start(home, name):
+    folder, of = home
+    chosen = load_settings(
+        environment={}, overrides={"paths.data": str(folder), "features.set": name}
+    )
+    for use in (trade_paper, backtest_symbol, train_symbol):
+        with pytest.raises(SettingsError, match="feeds of several markets"):
+            use(chosen, of.venue, of.symbol)
+
+
+@njit
+def wide_spread(view):
+    "Spread in halves of a tick"
+    return 2.0 * (view.ask_ticks - view.bid_ticks)
+
+
+def test_a_column_of_ones_own_stands_beside_candle_columns(market, whole):
+    events, of = market
+    mine = FEW.plus(Feature("wide", "ticks", False, "Spread"), wide_spread)
+    made = build_features(events, of, mine)
+    assert made.x[:, :-1].tobytes() == np.ascontiguousarray(whole.x).tobytes()
+    alive = made.rows["status"] <= 1
+    spread = made.rows["ask_ticks"] - made.rows["bid_ticks"]
+    assert (made.column("wide")[alive] == 2.0 * spread[alive]).mean() > 0.99
+    before = FeatureStream(of, mine)
+    before.push(events[: len(events) // 2])
+    assert len(build_features(events[len(events) // 2 :], of, mine, before=before)) > 0
