@@ -37,10 +37,22 @@ from tradebook.training.metrics import (
 from .skipping import Skipping, fit_skipping
 
 # %% ../../nbs/training/02_model.ipynb #23730398
+def _most_missing(x, names):
+    "Name the column that is missing most, or nothing"
+    share = np.isnan(x).mean(axis=0) if len(x) and len(names) else np.zeros(1)
+    worst = int(share.argmax())
+    if not share[worst]:
+        return ""
+    return (
+        f"; {names[worst]} is missing most, in {100 * share[worst]:.0f} % of those with an outcome"
+    )
+
+
 def usable_rows(
     x: np.ndarray,  # Features, (N, F); NaN where not known
     labels: np.ndarray,  # LABEL rows, (N,)
     min_rows: int,  # Fewest rows with a direction
+    names: tuple[str, ...] = (),  # Column names, to say which is missing; empty: not known
 ) -> tuple[np.ndarray, dict]:  # Places of the usable rows, and the counts of the others
     "Find the rows a model can learn from, or say where they went"
     is_whole = np.isfinite(x).all(axis=1)
@@ -60,6 +72,7 @@ def usable_rows(
         where = f"of {{n_rows}} rows {lost}, {{n_flat}} a move within the dead zone".format(
             **counts
         )
+        where += _most_missing(x[labels["is_valid"]], names)
         hint = "record longer, or lower training.min_rows, labels.horizon_s or labels.dead_zone_bps"
         raise ModelError(
             f"training needs {min_rows} rows with a direction, had {n}: {where}; {hint}"
@@ -263,7 +276,7 @@ def fit_direction(
     if x.ndim != 2 or x.shape != (len(labels), len(names)):
         text = f"x must have shape ({len(labels)}, {len(names)}): a row a label, a column a feature"
         raise ModelError(f"{text}; was {x.shape}")
-    usable, counts = usable_rows(x, labels, chosen.min_rows)
+    usable, counts = usable_rows(x, labels, chosen.min_rows, names)
     seen, known = np.ascontiguousarray(x[usable], np.float64), labels[usable]
     learner, tuning, first_row = learner_of(settings), {}, 0
     if chosen.tune_trials:
