@@ -297,13 +297,14 @@ def canaries(
 ) -> list[Canary]:  # One a check, before any fit
     "Search a training set for leaks"
     chosen, rows, x = settings.training, features.rows, features.x
-    usable, _ = usable_rows(x, labels, chosen.min_rows)
+    names = features.feature_set.names
+    usable, _ = usable_rows(x, labels, chosen.min_rows, names)
     splitter = PurgedWalkForward(chosen.folds, round(chosen.embargo_s * 1e9))
     found = [*before, check_times(rows, labels)]
     if found[-1].status == "fail":
         return found  # every other check relies on the times
     found += [check_shift(rows, labels)]
-    found += [check_columns(rows, x, features.feature_set.names, labels)]
+    found += [check_columns(rows, x, names, labels)]
     return [*found, check_twins(x[usable], labels[usable], splitter)]
 
 
