@@ -26,8 +26,10 @@ from tradebook.features.rows import FeatureStream, build_features, join_rows
 from tradebook.features.schema import feature_set
 from tradebook.features.suite import run_checks
 from tradebook.features.trend import build_trend
+from tradebook.market.candles import trade_candles
 from tradebook.market.events import FLAG_LAST, KIND_GAP, make_events, message_starts
 from tradebook.market.store import DAY_NS, Store
+from tradebook.market.stored_candles import CandleStore
 from tradebook.market.synthetic import synthetic_market
 from tradebook.ops.pipeline import backtest_symbol, collect_events, train_symbol
 from tradebook.policy.decide import model_block
@@ -375,3 +377,35 @@ def test_a_column_of_ones_own_stands_beside_candle_columns(market, whole):
     before = FeatureStream(of, mine)
     before.push(events[: len(events) // 2])
     assert len(build_features(events[len(events) // 2 :], of, mine, before=before)) > 0
+
+
+def test_stored_candles_stand_for_a_past_that_was_not_recorded(home, tmp_path):
+    folder, of = home
+    events, names = Store(folder / "market").read(of.venue, of.symbol), (of.venue, of.symbol)
+    start_ns = int(events["ts_recv"][0]) + 6_630 * NS_PER_S  # half a minute into a bar
+    later = StoreFeed(Store(folder / "market"), *names, start_ns).events
+    store, features = Store(tmp_path), feature_set("default+trend_1m+trend_5m", 1000)
+    store.write(later, of, "test")
+    first_ns = int(later["ts_recv"][0])
+    minutes = trade_candles(events, of, "1m", clock="recv", empty="carried")
+    assert not bars_before(store, *names, features, None).state.bars[-1].tolist()[bar.LAST]
+    CandleStore(tmp_path).write(minutes, *names, "test")
+    before = bars_before(store, *names, features, None)
+    used = before.state.bars[-1, bar.LAST]
+    assert first_ns - MINUTE < used <= first_ns  # no candle that ended later, though all are stored
+    warm = build_features(later, of, features, before=before)
+    whole = build_features(events, of, features)
+    old = whole[len(whole) - len(warm) :]
+    for name in ("return_1x1m_bps", "rsi_14x1m", "ema_8x1m_bps", "return_1x5m_bps"):
+        a, b = warm.column(name), old.column(name)
+        assert np.isfinite(a).all()
+        tail = slice(len(a) - 600, None)
+        assert np.allclose(a[tail], b[tail], atol=0.05 * np.abs(b).max())
+    few = replace(features, features=tuple(f for f in features.features if "return_1x1m" in f.name))
+    changed = minutes.copy()
+    changed["close"][changed["ts_close"] > first_ns] *= 3.0  # what came later does not matter
+    CandleStore(tmp_path / "other").write(changed, *names, "test")
+    Store(tmp_path / "other").write(later, of, "test")
+    other = bars_before(Store(tmp_path / "other"), *names, few, None)
+    mine = bars_before(store, *names, few, None)
+    assert other.state.bars.tobytes() == mine.state.bars.tobytes()

@@ -12,6 +12,7 @@ from ..features.beside import waiting
 from ..features.rows import FeatureStream
 from ..features.schema import FeatureSet
 from ..market.store import DAY_NS, Store
+from .candle_start import past_candles, start_from_candles
 
 # %% ../../nbs/trader/01_before.ipynb #c31b7035
 def past_begins(
@@ -46,12 +47,17 @@ def bars_before(
     kept = tuple(features.features[k] for k in sorted(stream.beside.at))
     few = replace(features, name=f"{features.name}, bars", features=kept, own=())
     stream = FeatureStream(stream.instrument, few, room=4096)
-    if start_ns is not None:
-        begin = past_begins(store, venue, symbol, features, start_ns)
-        if begin < start_ns:
-            for rows in store.groups(venue, symbol, begin, start_ns):
-                stream.push(rows)
-            stream.advance_to(start_ns - 1)
+    firsts = [p.start_ns for p in store.parts(venue, symbol)]
+    start_ns = min(firsts) if start_ns is None else start_ns
+    begin = past_begins(store, venue, symbol, features, start_ns)
+    own_ns = min((ns for ns in firsts if begin <= ns < start_ns), default=start_ns)
+    lengths = [frame.length_ns for frame in stream.beside.frames]
+    candles = past_candles(store.root, venue, symbol, lengths, own_ns, start_ns)
+    start_from_candles(stream, candles, own_ns)
+    if begin < start_ns:
+        for rows in store.groups(venue, symbol, begin, start_ns):
+            stream.push(rows)
+        stream.advance_to(start_ns - 1)
     return stream
 
 # %% ../../nbs/trader/01_before.ipynb #a8be4e27
