@@ -6,13 +6,22 @@ import signal
 import threading
 from dataclasses import replace
 
+import nbformat
 import pytest
 from clusters import Cluster, until
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from typer.testing import CliRunner
 
+from tradebook.base.clock import WallClock
+from tradebook.base.journal import Journal
+from tradebook.base.queue import Reason
+from tradebook.base.settings import load_settings
 from tradebook.market.store import Store
 from tradebook.market.synthetic import synthetic_market
 from tradebook.ops.cli import app
+from tradebook.ops.renewal import renew
+from tradebook.ops.spreading import retrain_spread
+from tradebook.training.registry import Registry
 
 N_MARKETS = 4
 
@@ -30,7 +39,7 @@ def roots(tmp_path):
     "Two data roots with the same four short markets"
     made = [tmp_path / "here" / "data", tmp_path / "there" / "data"]
     for seed in range(N_MARKETS):
-        market = synthetic_market(seed=seed, duration_s=900)
+        market = synthetic_market(seed=seed, duration_s=1_200)
         of = replace(market.instrument, symbol=f"SYN{seed}/USDT:USDT")
         for root in made:
             Store(root / "market").write(market.events, of, "made")
@@ -87,3 +96,60 @@ def test_an_address_without_a_cluster_is_refused_by_name(roots, address):
     code, found = verb(*BUILD, "--data", roots[0], "--dask", address)
     assert code == 2 and not found["ok"] and "--dask" in found["error"]
     assert address in found["error"]
+
+
+RENEWAL = """
+import json
+from tradebook.base.settings import load_settings
+from tradebook.ops.renewal import put_in_force, renew
+from tradebook.ops.runner import keep
+settings = load_settings(overrides={**json.loads(changes), "paths.data": data})
+done = renew(settings, venue, symbol)
+put_in_force(settings, done)
+keep(version=done.version.version, is_promoted=done.decision.is_promoted)
+"""
+QUICK = {"training.rounds": "5", "training.folds": "2", "labels.horizon_s": "10"}
+
+
+def forests(root):
+    "The newest forest of each market, as text"
+    registry = Registry(root / "models")
+    newest = {key: registry.versions(key)[-1] for key in registry.symbols()}
+    return {key: registry.load(key, one).text for key, one in newest.items()}
+
+
+def test_markets_renewed_on_a_cluster_get_the_same_models_though_a_worker_died(cluster, roots):
+    names = "\n".join(f"{n} = ''" for n in ("data", "venue", "symbol", "reasons", "changes"))
+    cells = [
+        new_markdown_cell("# Renewal"),
+        new_code_cell(names, metadata={"tags": ["parameters"]}),
+    ]
+    template = roots[0].parent / "renewal.ipynb"  # all of the work, without the figures
+    nbformat.write(new_notebook(cells=[*cells, new_code_cell(RENEWAL)]), template)
+    address = cluster.ready(2)
+    here, there = (root.parent for root in roots)
+    settings = load_settings(environment={}, overrides={**QUICK, "paths.data": str(there / "data")})
+    settings = settings.with_overrides({"paths.runs": str(there / "runs")})
+    killed = in_the_middle(cluster, lambda: any((there / "data/datasets").rglob("*.parquet")))
+    with Journal(there / "data" / "journal.db") as journal:
+        for k in (0, 1):
+            market = ("synthetic", f"SYN{k}/USDT:USDT")
+            journal.want_training(*market, Reason.ASKED, WallClock().now_ns())
+        found = retrain_spread(settings, journal, None, str(template), dask=address)
+        assert [(one.state, one.error) for one in found] == [("done", "")] * 2
+        assert [row["state"] for row in journal.queue()] == ["done"] * 2
+        assert [row["status"] for row in journal.runs("retrain")] == ["ok"] * 2
+    assert killed and killed[0].wait(10) == -9
+    assert len(list((there / "runs").iterdir())) >= 3, "nobody was at work when it was killed"
+    renew(settings.with_overrides({"paths.data": str(here / "data")}), *market)
+    ((key, mine),), theirs = forests(here / "data").items(), forests(there / "data")
+    assert len(theirs) == 2 and theirs[key] == mine and mine.startswith("tree")
+
+
+def test_a_renewal_at_an_address_without_a_cluster_leaves_the_queue_alone(roots):
+    pytest.importorskip("distributed")
+    which = ("--symbol", "SYN0/USDT:USDT", "--dask", "localhost:8786", "--data", roots[0])
+    code, found = verb("retrain", *which)
+    assert code == 2 and "localhost:8786" in found["error"]
+    with Journal(roots[0] / "journal.db") as journal:
+        assert [(r["state"], r["attempts"]) for r in journal.queue()] == [("waiting", 0)]
