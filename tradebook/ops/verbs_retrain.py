@@ -12,7 +12,18 @@ import typer
 
 from ..base.errors import DataError
 from .answers import Answer, guarded
-from .options import Dask, Json, Root, Sets, Venue, read_settings, shown
+from tradebook.ops.options import (
+    Dask,
+    Json,
+    Meta,
+    Root,
+    Sets,
+    Tune,
+    Venue,
+    fit_changes,
+    read_settings,
+    shown,
+)
 
 # %% ../../nbs/ops/28_verbs_retrain.ipynb #e4474f77
 def summed_up(
@@ -61,6 +72,8 @@ def retrain(
         typer.Option(help="Train so many at the same time; by default one after another.", min=1),
     ] = None,
     dask: Dask = "",
+    tune: Tune = None,
+    is_meta: Meta = False,
     root: Root = None,
     changes: Sets = None,
     is_json: Json = False,
@@ -74,7 +87,7 @@ def retrain(
     from tradebook.ops.spreading import retrain_spread
     from tradebook.trader.states import choose_market
 
-    settings = read_settings(changes, root)
+    settings = read_settings(fit_changes(changes, tune, is_meta), root)
     place, now = settings.path("data"), WallClock().now_ns()
     store, only = Store(place / "market"), None
     if not store.listing():
