@@ -204,5 +204,5 @@ def example() -> tuple[Path, Path]:  # Data root and the JSON file with more
 
     folder = Path(tempfile.mkdtemp(prefix="tradebook-example-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    run_demo(out=folder, duration_s=7200, is_report_made=False)
+    run_demo(out=folder, duration_s=10_800, is_report_made=False)  # fewer cannot show a slope
     return folder / "data", folder / "demo.json"
