@@ -61,6 +61,20 @@ def test_one_planted_column_is_found_and_forty_of_noise_are_not():
     assert gross > 0 and net == pytest.approx(gross - spread - 8, abs=0.1)
 
 
+def test_no_day_chooses_its_own_side():
+    rng, n, days = np.random.default_rng(6), 2 * 3_600, {}
+    for day, sign in {"a": 1, "b": 1, "c": -1}.items():
+        mid_2 = 200_000 + np.cumsum(rng.integers(-4, 5, n))
+        ahead = np.r_[mid_2[5:] - mid_2[:-5], np.zeros(5)] + 9 * rng.standard_normal(n)
+        days[day] = made_rows(mid_2, {"x": sign * ahead})
+    ends = followed(days, (5,))["ends_bps"].iloc[0]  # a and b: together above c; c: against itself
+    one = {day: followed({day: made}, (5,))["ends_bps"].iloc[0] for day, made in days.items()}
+    value = {day: followed({day: made}, (5,))[f"5 s, {day}"].iloc[0] for day, made in days.items()}
+    sides = [np.sign((sum(value.values()) - value[d]) * value[d]) for d in days]
+    assert ends == pytest.approx(np.mean([s * one[d] for s, d in zip(sides, days, strict=True)]))
+    assert sides[2] == -1
+
+
 def test_a_column_that_does_not_vary_says_nothing():
     x, outcome = np.full((7_200, 1), 3.0), np.arange(7_200.0) % 7
     value, error = hourly_correlations(x, outcome, SECOND * np.arange(7_200))

@@ -154,7 +154,8 @@ def followed(
         table[f"errors, {horizon_s:g} s"] = errors
         found.append(np.where(errors > ERRORS_NEEDED, f"{horizon_s:g} s ", ""))
     table["found"] = ["".join(one).strip() or "no" for one in zip(*found, strict=True)]
-    sides = np.sign(values)[::-1] * signed  # those of the other day
+    others = np.sum(values, axis=0) - values if len(days) > 1 else np.array(values)
+    sides = np.where(signed, np.sign(others), 0.0)  # no day chooses its own
     ends = [
         [_ends(days[d].x[:, k], *seen[d], sides[i, k], taker_fee_bps) for i, d in enumerate(days)]
         for k in range(len(features))
