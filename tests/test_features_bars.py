@@ -1,6 +1,7 @@
 """Candle columns beside the book: bars as defined, blind to unfinished ones, one pass however cut, named if missing."""
 
 import json
+import pickle
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,7 +10,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numba import njit
 
 from tradebook.backtest.parity import compare
 from tradebook.base.causes import Cause
@@ -20,14 +20,20 @@ from tradebook.base.settings import load_settings
 from tradebook.features import bars as bar
 from tradebook.features.bar_checks import needed_minutes
 from tradebook.features.claims import with_hole
-from tradebook.features.columns import Feature
 from tradebook.features.findings import bits_differ
 from tradebook.features.rows import FeatureStream, build_features, join_rows
 from tradebook.features.schema import feature_set
 from tradebook.features.suite import run_checks
 from tradebook.features.trend import build_trend
 from tradebook.market.candles import trade_candles
-from tradebook.market.events import FLAG_LAST, KIND_GAP, make_events, message_starts
+from tradebook.market.events import (
+    FLAG_LAST,
+    KIND_CLEAR,
+    KIND_GAP,
+    KIND_LEVEL,
+    make_events,
+    message_starts,
+)
 from tradebook.market.store import DAY_NS, Store
 from tradebook.market.stored_candles import CandleStore
 from tradebook.market.synthetic import synthetic_market
@@ -360,25 +366,6 @@ def test_sets_of_several_markets_are_refused_by_name_at_the_start(home, name):
             use(chosen, of.venue, of.symbol)
 
 
-@njit
-def wide_spread(view):
-    "Spread in halves of a tick"
-    return 2.0 * (view.ask_ticks - view.bid_ticks)
-
-
-def test_a_column_of_ones_own_stands_beside_candle_columns(market, whole):
-    events, of = market
-    mine = FEW.plus(Feature("wide", "ticks", False, "Spread"), wide_spread)
-    made = build_features(events, of, mine)
-    assert made.x[:, :-1].tobytes() == np.ascontiguousarray(whole.x).tobytes()
-    alive = made.rows["status"] <= 1
-    spread = made.rows["ask_ticks"] - made.rows["bid_ticks"]
-    assert (made.column("wide")[alive] == 2.0 * spread[alive]).mean() > 0.99
-    before = FeatureStream(of, mine)
-    before.push(events[: len(events) // 2])
-    assert len(build_features(events[len(events) // 2 :], of, mine, before=before)) > 0
-
-
 def test_stored_candles_stand_for_a_past_that_was_not_recorded(home, tmp_path):
     folder, of = home
     events, names = Store(folder / "market").read(of.venue, of.symbol), (of.venue, of.symbol)
@@ -409,3 +396,59 @@ def test_stored_candles_stand_for_a_past_that_was_not_recorded(home, tmp_path):
     other = bars_before(Store(tmp_path / "other"), *names, few, None)
     mine = bars_before(store, *names, few, None)
     assert other.state.bars.tobytes() == mine.state.bars.tobytes()
+
+
+# --- long frames ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def weeks():
+    "A week of a book that moves every ten minutes, with a hole of three hours"
+    rng, n = np.random.default_rng(3), 7 * 144
+    mids, parts = 10_000 + np.cumsum(rng.integers(-40, 41, n)), []
+    for k, mid in enumerate(mids):
+        ts = MIDNIGHT_NS + k * 600 * NS_PER_S
+        if 57 < k < 76:
+            continue
+        if k == 76:
+            hole = {"kind": KIND_GAP, "size_lots": 18 * 600 * NS_PER_S, "flags": FLAG_LAST}
+            parts.append(make_events(ts_recv=ts, **hole))
+        made = {"kind": [KIND_CLEAR, KIND_LEVEL, KIND_LEVEL], "side": [0, 1, -1], "ts_recv": ts}
+        made |= {"price_ticks": [0, mid - 1, mid + 1], "size_lots": [0, 5, 5]}
+        parts.append(make_events(**made, flags=[0, 0, FLAG_LAST]))
+    return np.concatenate(parts), synthetic_market(seed=1, duration_s=1).instrument
+
+
+def test_long_frames_and_waves_are_those_of_candles(weeks):
+    pytest.importorskip("PyEMD")
+    events, of = weeks
+    features = feature_set("minimal+trend_1h+trend_4h+hilbert", 1_800_000)
+    whole = build_features(events, of, features)
+    for group in ("trend_1h", "trend_4h", "hilbert"):
+        share = [
+            np.isfinite(whole.column(f.name)).mean() for f in feature_set(group, 1000).features
+        ]
+        assert min(share) > 0 or (group == "trend_4h" and max(share) > 0.5), group
+    # the same hours, folded from half-hourly ends by hand: the close of an hour is the last mid
+    ts = whole.rows["ts"]
+    mid = 0.5 * (whole.rows["bid_ticks"] + whole.rows["ask_ticks"]) * of.tick_size
+    hours = np.flatnonzero(ts % (3_600 * NS_PER_S) == 0)
+    move = 1e4 * (mid[hours[1:]] / mid[hours[:-1]] - 1)
+    seen = whole.column("return_1x1h_bps")[hours[1:]]
+    known = np.isfinite(seen)
+    assert known.sum() > 140 and np.allclose(seen[known], move[known], rtol=1e-12, atol=1e-9)
+    hole = int(np.flatnonzero(np.diff(whole.rows["segment"]))[0])
+    for name in ("return_1x1h_bps", "return_1x4h_bps"):  # the last bar lay in the hole
+        assert np.isfinite(whole.column(name)[hole]) and np.isnan(whole.column(name)[hole + 1])
+    stream, parts, begin = FeatureStream(of, features, room=3), [], 0
+    for end in [len(events) // 5, len(events) // 4 + 1, len(events) // 3]:
+        parts.append(stream.push(events, begin, end))
+        begin, stream = end, thaw(freeze(stream), of, features, room=5)
+    made = join_rows(*parts)
+    assert len(made) > 100 and made.x.tobytes() == whole.x[: len(made)].tobytes()
+
+
+def test_sets_with_bars_travel_to_other_processes():
+    sent = pickle.loads(pickle.dumps(FEW))
+    assert sent == FEW and sent.hash == FEW.hash
+    assert [f.warm_up_s for f in sent.features] == [f.warm_up_s for f in FEW.features]
