@@ -135,6 +135,8 @@ def followed(
     taker_fee_bps: float = 4.0,  # One way; that of the recorded venue
 ) -> pd.DataFrame:  # A row a column: tells, coefficients by horizon and day, errors, found, ends
     "Hold every column against what followed it"
+    if len({made.feature_set.hash for made in days.values()}) != 1:
+        raise DataError(f"days must be one or more, all of one feature set, were {list(days)}")
     features, found = next(iter(days.values())).feature_set, []
     signed = np.array([f.is_signed for f in features.features])
     table = pd.DataFrame({"tells": np.where(signed, "direction", "size")}, list(features.names))
@@ -178,9 +180,9 @@ def draw_stretch(
 
     begin = pd.Timestamp(start).value
     part = made[slice(*np.searchsorted(made.rows["ts"], [begin, begin + int(minutes * 60e9)]))]
-    if not len(part):
-        raise DataError(f"start must be a time of the rows, was {start}")
     is_good = _has_book(part)
+    if not is_good.any():
+        raise DataError(f"start must be a time of the rows at which there is a book, was {start}")
     mid = np.where(is_good, part.rows["bid_ticks"] + 1.0 * part.rows["ask_ticks"], np.nan)
     mid = 1e4 * (mid / mid[is_good][:1] - 1)
     units, step_ms = (
