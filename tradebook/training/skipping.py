@@ -85,7 +85,7 @@ def fit_skipping(
     curve = fixed.curve.to_dict() if fixed.curve.kind != "none" else None
     facts = {"calibration": curve, "min_distance": least, "min_chance": min_chance}
     tested = np.zeros(len(labels), bool)
-    tested[place] = found.fold > 0
+    tested[place] = found.fold > found.fold[found.fold >= 0].min()  # the first has no past
     metrics = {"n_proposals": len(place), "paid": float((rows["label"] > 0).mean())}
     metrics |= _gain(p_up, labels, tested, is_skipped, least)
     return Skipping(forest.texts[0], names, facts, metrics, is_skipped)
