@@ -272,4 +272,6 @@ def bars_figure(
         bars.error_x = {"array": up, "arrayminus": down, "color": INK, "thickness": 1.2}
     figure = styled(go.Figure(bars), title, unit, height=max(200, 96 + 25 * len(names)))
     figure.update_yaxes(autorange="reversed", showgrid=False)
+    if interval is None and len(values):  # room for the longest bar's number
+        figure.update_xaxes(range=[1.1 * min(0.0, values.min()), 1.1 * max(1e-9, values.max())])
     return figure

@@ -199,7 +199,8 @@ border-radius:10px;padding:10px 16px 11px}
 .verdict span{color:#33414e}
 .verdict.pass{border-left-color:var(--pass)}.verdict.warn{border-left-color:var(--warn)}
 .verdict.fail{border-left-color:var(--fail)}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(168px,1fr));gap:10px}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:10px}
+.tiles+*{margin-top:12px}
 .tile{background:var(--paper);border:1px solid var(--line);border-top:4px solid var(--note);
 border-radius:10px;padding:7px 12px 9px;min-width:0}
 .tile .top{display:flex;justify-content:space-between;font-size:12.5px;color:var(--muted);font-weight:600}
