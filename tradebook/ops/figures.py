@@ -54,7 +54,7 @@ def use_renderer() -> str:  # What was chosen
     if not chosen:
         has_images = importlib.util.find_spec("kaleido") is not None
         chosen = "plotly_mimetype+png" if has_images else "plotly_mimetype"
-        pio.renderers["png"].width = 860
+        pio.renderers["png"].width = 700
     pio.renderers.default = chosen
     return chosen
 
@@ -273,5 +273,6 @@ def bars_figure(
     figure = styled(go.Figure(bars), title, unit, height=max(200, 96 + 25 * len(names)))
     figure.update_yaxes(autorange="reversed", showgrid=False)
     if interval is None and len(values):  # room for the longest bar's number
-        figure.update_xaxes(range=[1.1 * min(0.0, values.min()), 1.1 * max(1e-9, values.max())])
+        room = 1.05 + 0.025 * max(map(len, bars.text))
+        figure.update_xaxes(range=[room * min(0.0, values.min()), room * max(1e-9, values.max())])
     return figure

@@ -114,18 +114,22 @@ def group_figure(
         moods = found["group"].map({name: k for k, name in enumerate(MOODS)})
         found = found.iloc[np.argsort(moods.fillna(len(MOODS)), kind="stable")]
     up, down = (found["high"] - found["mean"]), (found["mean"] - found["low"])
+    is_counted = len(found) <= 8  # more labels of two lines would lie over each other
     names = [f"{name:02d}" if by == "hour" else str(name) for name in found["group"]]
     bars = go.Bar(
-        x=[f"{name}<br>{n:,}" for name, n in zip(names, found["n"], strict=True)],
+        x=[f"{name}<br>{n:,}" for name, n in zip(names, found["n"], strict=True)]
+        if is_counted
+        else names,
+        customdata=found["n"],
         y=found["mean"].round(4),
         error_y={"array": up, "arrayminus": down, "color": INK, "thickness": 1.1, "width": 2},
         marker={
             "color": np.where(found["mean"] > 0, GOOD, BAD).tolist(),
             "opacity": np.where(np.isfinite(up), 1.0, 0.35).tolist(),
         },
-        hovertemplate="%{x} trades: %{y:+.2f} bps<extra></extra>",
+        hovertemplate="%{y:+.2f} bps, %{customdata:,} trades<extra></extra>",
     )
-    unit = f"{'hour, UTC' if by == 'hour' else by}, and trades"
+    unit = ("hour, UTC" if by == "hour" else by) + ", and trades" * is_counted
     figure = styled(go.Figure(bars), f"Net result by {by}", unit, "bps a trade, 95 %", 300)
     figure.update_xaxes(type="category")
     return figure.update_layout(bargap=0.28 if len(found) > 3 else 0.7)

@@ -203,7 +203,7 @@ border-radius:10px;padding:10px 16px 11px}
 .tiles+*{margin-top:12px}
 .tile{background:var(--paper);border:1px solid var(--line);border-top:4px solid var(--note);
 border-radius:10px;padding:7px 12px 9px;min-width:0}
-.tile .top{display:flex;justify-content:space-between;font-size:12.5px;color:var(--muted);font-weight:600}
+.tile .top{display:flex;gap:6px;justify-content:space-between;font-size:12.5px;color:var(--muted);font-weight:600}
 .tile .value{font-size:17.5px;font-weight:650;line-height:1.3;overflow-wrap:anywhere}
 .tile .bound{font-size:12px;line-height:1.35;color:var(--muted)}
 .tile.pass{border-top-color:var(--pass)}.tile.warn{border-top-color:var(--warn)}

@@ -335,7 +335,8 @@ def _attempt(plans, request, place, stages, lines):
                 else:
                     done[k] += outcome.value
             if stage is not None:
-                stage.rows = sum(d.n_rows for found in done.values() for d in found[-1:])
+                made = (d for found in done.values() for d in found)
+                stage.rows = sum(d.n_rows for d in made if d.kind == kind)
     return done, slices, errors
 
 # %% ../../nbs/training/14_building.ipynb #a89eadb5
