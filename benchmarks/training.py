@@ -7,7 +7,7 @@ difference comes from redrawn blocks of time.
 
 A recorded day is used where recordings lie beside the project (`--data`); the synthetic rows are made here.
 
-    python benchmarks/training.py [--json] [--rounds 3] [--rows 150000] [--data ../shared/data/standx]
+    python benchmarks/training.py [--json] [--rounds 3] [--rows 60000] [--data ../shared/data/standx]
 """
 
 import os
@@ -155,8 +155,8 @@ def walk_rows(name, lesson, learner, rounds):
 
 def main():
     "Measure and print"
-    args = options(__doc__, rows=150_000, data="../shared/data/standx")
-    rounds, results, facts = min(args.rounds, 7), [], {}
+    args = options(__doc__, rows=60_000, data="../shared/data/standx")
+    rounds, results, facts = min(args.rounds, 5), [], {}
     learner = replace(learner_of(load_settings(environment={})), threads=1, patience=0)
     lesson = made(args.rows)
     part = lesson.take(np.arange(args.rows // 3))
