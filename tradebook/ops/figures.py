@@ -54,7 +54,7 @@ def use_renderer() -> str:  # What was chosen
     if not chosen:
         has_images = importlib.util.find_spec("kaleido") is not None
         chosen = "plotly_mimetype+png" if has_images else "plotly_mimetype"
-        pio.renderers["png"].width = 700
+        pio.renderers["png"].width = 600
     pio.renderers.default = chosen
     return chosen
 
