@@ -157,7 +157,7 @@ def _execute(template: Path, out: Path, parameters: dict, cwd: Path, timeout_s: 
     from papermill.exceptions import PapermillExecutionError
 
     quiet = {"progress_bar": False, "log_output": False, "kernel_name": "python3"}
-    quiet |= {"language": "python", "extra_arguments": ["--IPKernelApp.log_level=ERROR"]}
+    quiet |= {"language": "python", "extra_arguments": ["--IPKernelApp.log_level=CRITICAL"]}
     try:
         with _environment(_KERNEL_ENVIRONMENT):
             papermill.execute_notebook(
