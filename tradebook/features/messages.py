@@ -9,7 +9,7 @@ __all__ = ['RING', 'MISSING_ASK', 'MID_2', 'FLOW_1', 'FLOW_10', 'SQUARES', 'SIGN
            'book_tops', 'features_of_tops']
 
 # %% ../../nbs/features/23_messages.ipynb #d7acb2bc
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ import pandas as pd
 from numba import njit
 
 from ..base.errors import DataError
+from ..base.hands import in_turn
 from tradebook.features.columns import (
     FLOW_MESSAGES,
     LONG_MESSAGES,
@@ -342,15 +343,13 @@ def _pass_part(tops, start, stop, x):
 
 def features_of_tops(
     tops: Tops,  # Books at every message
-    threads: int = 2,  # Threads to use, >= 1
+    threads: int = 2,  # Pieces to cut the work into, >= 1; two are done at the same time
     dtype: str = "float32",  # Format of the matrix: "float32" or "float64"
 ) -> np.ndarray:  # Features, (n, 42)
     "Compute the features of rebuilt books"
     n = len(tops.ts)
     x = np.empty((n, len(MESSAGES)), dtype)
     cuts = [n * k // threads for k in range(threads + 1)]
-    with ThreadPoolExecutor(threads) as pool:
-        parts = [pool.submit(_pass_part, tops, a, b, x) for a, b in pairwise(cuts)]
-        for part in parts:
-            part.result()
+    stretches = list(pairwise(cuts))
+    deque(in_turn(lambda k: _pass_part(tops, *stretches[k], x), threads), maxlen=0)
     return x
