@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tradebook.backtest.parity import compare
@@ -255,14 +255,16 @@ def test_days_put_together_are_one_pass_and_nothing_is_made_twice(tmp_path, mark
 
 @settings(deadline=None, max_examples=6)
 @given(share=st.floats(0.02, 0.98))
+@example(share=0.875)  # within a hole
+@example(share=0.87)
 def test_a_session_begins_with_the_columns_of_the_whole(tmp_path_factory, market, whole, share):
     events, of = market
     store = Store(tmp_path_factory.mktemp("store"))
     store.write(events, of, "test")
     names = of.venue, of.symbol
     start_ns = int(whole.rows["ts"][0] + share * np.ptp(whole.rows["ts"]))
-    before = bars_before(store, *names, FEW, start_ns)
     feed = StoreFeed(store, *names, start_ns)
+    before = bars_before(store, *names, FEW, int(feed.events["ts_recv"][0]))
     rest = build_features(feed.events, of, FEW, before=before)
     old = whole[len(whole) - len(rest) :]
     assert rest.rows["ts"].tobytes() == old.rows["ts"].tobytes()

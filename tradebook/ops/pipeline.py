@@ -341,7 +341,8 @@ def open_stretch(
     feed = open_feed(settings, venue, symbol, start_ns, stop_ns)
     chosen = settings.features
     columns = feature_set(chosen.set, chosen.interval_ms)
-    before = bars_before(Store(settings.path("data") / "market"), venue, symbol, columns, start_ns)
+    first_ns = int(feed.events["ts_recv"][0])  # may lie before the stretch: the book at its start
+    before = bars_before(Store(settings.path("data") / "market"), venue, symbol, columns, first_ns)
     more = chosen.max_age_ms, before
     return feed, build_features(feed.events, feed.instrument, columns, *more)
 

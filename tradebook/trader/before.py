@@ -38,7 +38,7 @@ def bars_before(
     venue: str,  # Name of the venue
     symbol: str,  # Unified symbol
     features: FeatureSet,  # The set of the session
-    start_ns: int | None,  # Its first moment, ns UTC; None: the beginning of the store
+    start_ns: int | None,  # Its first event received, ns UTC; None: the beginning of the store
 ) -> FeatureStream | None:  # For `go_on_from`; None where the set has no candle columns
     "Replay what the store holds before a moment"
     stream = FeatureStream(store.instrument(venue, symbol), features)

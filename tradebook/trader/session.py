@@ -114,7 +114,8 @@ def startup_steps(
 
     def bars(found):
         columns = feature_set(settings.features.set, settings.features.interval_ms)
-        return bars_before(store, venue, symbol, columns, start_ns)
+        first_ns = int(found["feed"].events["ts_recv"][0])
+        return bars_before(store, venue, symbol, columns, first_ns)
 
     return [
         Step("journal", "the database", lambda found: Journal(root / "journal.db")),
