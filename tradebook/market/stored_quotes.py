@@ -15,12 +15,10 @@ from tradebook.market.book import (
     apply_event,
     new_book,
     set_level,
-    touch,
-    touch_status,
 )
 from .events import FLAG_LAST, KIND_CLEAR, KIND_GAP, KIND_LEVEL
 from .part_files import Columns, read_columns
-from .quotes import QUOTE
+from .quotes import QUOTE, write_quote
 from .store import Store
 
 # %% ../../nbs/market/27_stored_quotes.ipynb #2b305a26
@@ -45,13 +43,8 @@ def replay_columns(
                 is_changed |= np.int64(kind[i] == KIND_CLEAR)
                 segment += kind[i] == KIND_GAP
             if is_changed and flags[i] & FLAG_LAST:
-                bid_ticks, bid_lots = touch(book, 0)
-                ask_ticks, ask_lots = touch(book, 1)
-                row = out[n]
-                row.ts_recv, row.ts_event = columns.ts_recv[stamp], columns.ts_event[stamp]
-                row.bid_ticks, row.ask_ticks = bid_ticks, ask_ticks
-                row.bid_lots, row.ask_lots = bid_lots, ask_lots
-                row.segment, row.status = segment, touch_status(book, bid_ticks, ask_ticks)
+                times = columns.ts_recv[stamp], columns.ts_event[stamp]
+                write_quote(book, *times, segment, out[n])
                 n, is_changed = n + 1, 0
         first = stop
     carried[0], carried[1] = segment, is_changed

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Due', 'live_results', 'why_due', 'queue_due', 'settings_changes', 'child', 'oom_kills', 'name_end', 'Trained',
-           'run_child', 'train_next', 'retrain_all']
+           'run_child', 'write_end', 'train_next', 'retrain_all']
 
 # %% ../../nbs/ops/28_retrain.ipynb #5f93e386
 import json
@@ -249,6 +249,25 @@ def _heartbeat(journal, row: dict, lease_s: float) -> tuple[dict, Callable[[Watc
     return held, tick
 
 
+def write_end(
+    journal,  # Where the queue is
+    settings: Settings,  # In force
+    row: dict | None,  # Its row of the queue; None: no longer ours
+    run_id: str,  # Its run
+    done: Trained | None,  # How it ended; None: it was stopped
+):
+    "Write down how a market ended, in the queue if it is still ours, and among the runs"
+    end = {"state": "failed", "code": "stopped", "error": "stopped"}
+    if done:
+        names = ("state", "code", "error", "model_version", "report")
+        end = {name: getattr(done, name) for name in names}
+    if row:
+        now, wait_s = WallClock().now_ns(), settings.retrain.wait_s
+        journal.end_training(row, now, first_wait_s=wait_s, **end)
+    status = {"done": "ok", None: "stopped"}.get(done and done.state, "failed")
+    journal.finish_run(run_id, status, done._asdict() if done else {"error": "stopped"})
+
+
 def train_next(
     settings: Settings,  # In force
     journal,  # Where the queue is
@@ -265,17 +284,12 @@ def train_next(
     names = row["venue"], row["symbol"]
     run_id = start_run(journal, "retrain", settings, *names, note=row["reasons"])
     held, tick = _heartbeat(journal, row, chosen.lease_s)
-    end = {"state": "failed", "first_wait_s": chosen.wait_s, "code": "stopped", "error": "stopped"}
     done = None
     try:
         done = run_child(settings, row, template, tick)
-        end |= {k: getattr(done, k) for k in ("state", "code", "error", "model_version", "report")}
         return done
     finally:
-        if held["row"]:
-            journal.end_training(held["row"], WallClock().now_ns(), **end)
-        status = {"done": "ok", None: "stopped"}.get(done and done.state, "failed")
-        journal.finish_run(run_id, status, done._asdict() if done else {"error": "stopped"})
+        write_end(journal, settings, held["row"], run_id, done)
 
 
 def retrain_all(

@@ -21,7 +21,7 @@ from ..base.settings import Settings
 from .child import settings_options
 from .options import read_settings
 from .pipeline import start_run
-from .retrain import Trained, run_child
+from .retrain import Trained, run_child, write_end
 from ..training.cluster import connect
 from ..training.scale import Outcome, run_each
 
@@ -90,19 +90,6 @@ def _as_trained(row: dict, one: Outcome) -> Trained:
     facts = ("failed", "failed", one.error, False, None, "", one.seconds, one.peak_mb, "")
     return Trained(row["venue"], row["symbol"], *facts)
 
-
-def _write_end(journal, settings: Settings, row: dict | None, run_id: str, done: Trained | None):
-    "Write down how a market ended, in the queue if it is still ours, and among the runs"
-    end = {"state": "failed", "code": "stopped", "error": "stopped"}
-    if done:
-        names = ("state", "code", "error", "model_version", "report")
-        end = {name: getattr(done, name) for name in names}
-    if row:
-        now, wait_s = WallClock().now_ns(), settings.retrain.wait_s
-        journal.end_training(row, now, first_wait_s=wait_s, **end)
-    status = {"done": "ok", None: "stopped"}.get(done and done.state, "failed")
-    journal.finish_run(run_id, status, done._asdict() if done else {"error": "stopped"})
-
 # %% ../../nbs/ops/28_spreading.ipynb #8866b088
 def retrain_spread(
     settings: Settings,  # In force
@@ -130,7 +117,7 @@ def retrain_spread(
 
         def end(k: int, done: Trained | None):
             with lock:
-                _write_end(journal, settings, held[k], runs.pop(k), done)
+                write_end(journal, settings, held[k], runs.pop(k), done)
                 held[k] = None
 
         def told(k: int, one: Outcome):
