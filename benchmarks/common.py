@@ -37,6 +37,13 @@ def header(*packages, **facts):
 LEAST_S = 0.2  # A turn lasts at least so long: a second core takes some milliseconds to wake up
 
 
+def seconds_of(case):
+    "Seconds of one run: its own measure when it returns a float, else by the clock; what it made is let go"
+    began = time.perf_counter()
+    own = case()
+    return own if isinstance(own, float) else time.perf_counter() - began
+
+
 def take_turns(cases, rounds):
     "Seconds of each case in each round: all cases once a round, so that a busy moment hits them alike"
     took = {name: [] for name in cases}
@@ -45,14 +52,10 @@ def take_turns(cases, rounds):
     for _ in range(rounds):
         for name, case in cases.items():
             gc.collect()
-            timed, n, began = 0.0, 0, time.perf_counter()
-            while n == 0 or time.perf_counter() - began < LEAST_S:
-                own = case()
-                timed += own if isinstance(own, float) else 0.0
-                n += 1
-                is_timed = isinstance(own, float)
-                del own
-            took[name].append((timed if is_timed else time.perf_counter() - began) / n)
+            turn, until = [], time.perf_counter() + LEAST_S
+            while not turn or time.perf_counter() < until:
+                turn.append(seconds_of(case))
+            took[name].append(statistics.fmean(turn))
     return took
 
 

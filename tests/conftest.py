@@ -17,3 +17,13 @@ def recordings():
     if not folder.exists():
         pytest.skip(f"no real recordings at {folder.relative_to(ROOT.parent)} beside the project")
     return folder
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    "A Dask scheduler and two worker processes, on the loopback only"
+    pytest.importorskip("distributed")
+    from clusters import Cluster
+
+    with Cluster(tmp_path_factory.mktemp("cluster")) as made:
+        yield made

@@ -124,8 +124,8 @@ def writer(place, me, n):
     return subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_processes_that_write_at_once_lose_nothing(tmp_path):
-    place, n = tmp_path / "journal.db", 30
+def four_write_at_once(place, n):
+    "Let four processes write n times each, and find every row of theirs"
     processes = [writer(place, name, n) for name in "abcd"]
     for process in processes:
         process.stdin.write("go\n")
@@ -143,6 +143,10 @@ def test_processes_that_write_at_once_lose_nothing(tmp_path):
                 len(journal.orders(run["run_id"])) == len(journal.order_events(run["run_id"])) == n
             )
             assert journal.positions(run["run_id"]) == {run["note"]: {"n": n - 1}}
+
+
+def test_processes_that_write_at_once_lose_nothing(tmp_path):
+    four_write_at_once(tmp_path / "journal.db", 30)
 
 
 def open_and_write(folder, together, failed):

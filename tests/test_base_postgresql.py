@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
-from test_base_journal import KILLED, decision, filled, order, start, writer
+from test_base_journal import KILLED, decision, filled, four_write_at_once, order, start
 from test_training_queue import _take_all
 
 from tradebook.base import tables
@@ -133,20 +133,7 @@ def test_every_row_comes_back_and_none_is_rewritten(place):
 
 
 def test_processes_that_write_at_once_lose_nothing(place):
-    n, processes = 15, [writer(place, name, 15) for name in "abcd"]
-    for process in processes:
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    for process in processes:
-        _, error = process.communicate(timeout=120)
-        assert process.returncode == 0, error
-    with Journal(place) as journal:
-        runs = journal.runs()
-        assert sorted(run["note"] for run in runs) == ["a", "b", "c", "d"]
-        for run in runs:
-            assert [d["n"] for d in journal.decisions(run["run_id"])] == list(range(5 * n))
-            assert {o["state"] for o in journal.orders(run["run_id"])} == {"sent"}
-            assert journal.positions(run["run_id"]) == {run["note"]: {"n": n - 1}}
+    four_write_at_once(place, 15)
 
 
 def test_no_two_processes_take_one_market(place):

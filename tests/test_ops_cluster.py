@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import nbformat
 import pytest
-from clusters import Cluster, until
+from clusters import until
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from typer.testing import CliRunner
 
@@ -24,14 +24,6 @@ from tradebook.ops.spreading import retrain_spread
 from tradebook.training.registry import Registry
 
 N_MARKETS = 4
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    "A scheduler and two worker processes, on the loopback only"
-    pytest.importorskip("distributed")
-    with Cluster(tmp_path_factory.mktemp("cluster")) as made:
-        yield made
 
 
 @pytest.fixture

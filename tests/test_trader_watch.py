@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import test_trader_loop
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_training_model import QUICK, drawn
@@ -52,21 +53,14 @@ def record_of(x, columns=COLUMNS):
     return json.loads(json.dumps(facts))
 
 
-class Leaning:
+class Leaning(test_trader_loop.Leaning):
     "The book's lean, loud enough to pass the gates, with a record of some training"
 
     def __init__(self, facts, slope_bps=60.0):
-        self.at, self.slope_bps = COLUMNS.index("imbalance_5"), slope_bps
+        super().__init__(slope_bps)
+        self.at = COLUMNS.index("imbalance_5")
         self.model = type("Model", (), {"version": "leaning", "facts": facts})
         self.model.expires_ns = staticmethod(lambda days: NEVER)
-
-    def predict(self, x):
-        p = 0.5 + 0.3 * x[:, self.at]
-        return p, self.slope_bps * (p - 0.5)
-
-    def predict_row(self, x):
-        p = 0.5 + 0.3 * float(x[self.at])
-        return p, self.slope_bps * (p - 0.5)
 
 
 def paper(journal, of, events, pieces, predictor, chosen=CHOSEN):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from clusters import Cluster, until
+from clusters import until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -125,14 +125,6 @@ def test_every_item_has_its_own_outcome(items):
     for one, n in zip(done, items, strict=True):
         assert one.is_ok == (n % 2 == 0)
         assert one.value == (n * 10 if one.is_ok else None)
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    "A scheduler and two worker processes, on the loopback only"
-    pytest.importorskip("distributed")
-    with Cluster(tmp_path_factory.mktemp("cluster")) as made:
-        yield made
 
 
 def test_a_cluster_answers_bit_for_bit_like_this_process(cluster):

@@ -235,20 +235,7 @@ def run_child(
     used = (round(ended.seconds, 2), round(ended.peak_mb, 1))
     return Trained(row["venue"], row["symbol"], state, str(code), error, *facts, *used, said)
 
-# %% ../../nbs/ops/28_retrain.ipynb #7a142193
-def _heartbeat(journal, row: dict, lease_s: float) -> tuple[dict, Callable[[Watch], bool]]:
-    "Make the tick that renews a lease a third of its length at a time"
-    held = {"row": row, "next": time.monotonic() + lease_s / 3}
-
-    def tick(watch: Watch) -> bool:
-        if time.monotonic() >= held["next"] and held["row"]:
-            held["row"] = journal.keep_training(held["row"], WallClock().now_ns(), lease_s)
-            held["next"] = time.monotonic() + lease_s / 3
-        return held["row"] is not None
-
-    return held, tick
-
-
+# %% ../../nbs/ops/28_retrain.ipynb #86eeb313
 def write_end(
     journal,  # Where the queue is
     settings: Settings,  # In force
@@ -266,6 +253,19 @@ def write_end(
         journal.end_training(row, now, first_wait_s=wait_s, **end)
     status = {"done": "ok", None: "stopped"}.get(done and done.state, "failed")
     journal.finish_run(run_id, status, done._asdict() if done else {"error": "stopped"})
+
+# %% ../../nbs/ops/28_retrain.ipynb #7a142193
+def _heartbeat(journal, row: dict, lease_s: float) -> tuple[dict, Callable[[Watch], bool]]:
+    "Make the tick that renews a lease a third of its length at a time"
+    held = {"row": row, "next": time.monotonic() + lease_s / 3}
+
+    def tick(watch: Watch) -> bool:
+        if time.monotonic() >= held["next"] and held["row"]:
+            held["row"] = journal.keep_training(held["row"], WallClock().now_ns(), lease_s)
+            held["next"] = time.monotonic() + lease_s / 3
+        return held["row"] is not None
+
+    return held, tick
 
 
 def train_next(
