@@ -1,31 +1,18 @@
 """Outcomes of one side against a slow, obvious reference: random markets, and every row of a real day."""
 
 import numpy as np
-import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from label_cases import recorded_day, rows_on_grid, short_market
 
 from tradebook.base.clock import NS_PER_MS, NS_PER_S
-from tradebook.features.kernel import ROW
 from tradebook.labels.horizon import horizon_labels
 from tradebook.labels.sides import Costs, better_side, side_outcomes
-from tradebook.market.book import BOOK_INVALID, BOOK_LOCKED, BOOK_OK, BOOK_ONE_SIDED
-from tradebook.market.quotes import QUOTE
+from tradebook.market.book import BOOK_LOCKED, BOOK_OK
 
 HOLE_MS = 1_500
 WAYS = [(a, b) for a in (False, True) for b in (False, True)]
-
-
-def rows_on_grid(quotes, step_ns):
-    "Rows every step, each with the book that was known then"
-    rows = np.zeros((int(quotes["ts_recv"][-1]) + 3 * step_ns) // step_ns + 1, ROW)
-    rows["ts"] = np.arange(len(rows)) * step_ns
-    at = np.searchsorted(quotes["ts_recv"], rows["ts"], side="right") - 1
-    for name in ("bid_ticks", "ask_ticks", "segment", "status"):
-        rows[name] = quotes[name][at]
-    rows["status"][at < 0] = BOOK_INVALID
-    return rows
 
 
 class Tape:
@@ -125,28 +112,11 @@ def compare(rows, quotes, side, profit, stop, horizon_s, costs):
     return found
 
 
-@st.composite
-def market(draw):
-    "A short market with pauses, holes, equal times and books without a price"
-    n = draw(st.integers(1, 60))
-    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    quotes = np.zeros(n, QUOTE)
-    pauses = rng.choice([0, 100, 250, 500, 1_000, 3_000], n, p=[0.1, 0.3, 0.3, 0.15, 0.1, 0.05])
-    quotes["ts_recv"] = np.cumsum(pauses) * NS_PER_MS
-    quotes["segment"] = np.cumsum(rng.uniform(size=n) < 0.05)
-    quotes["bid_ticks"] = 10_000 + np.cumsum(rng.integers(-3, 4, n))
-    quotes["ask_ticks"] = quotes["bid_ticks"] + rng.integers(0, 3, n)
-    locked = quotes["bid_ticks"] == quotes["ask_ticks"]
-    quotes["status"] = np.where(locked, BOOK_LOCKED, BOOK_OK)
-    quotes["status"][rng.uniform(size=n) < 0.05] = BOOK_ONE_SIDED
-    return quotes, rng
-
-
 HORIZON_S = st.sampled_from([0.1, 0.25, 1.0, 2.0, 5.0])
 
 
 @settings(max_examples=300, deadline=None)
-@given(market(), HORIZON_S, st.sampled_from(WAYS), st.sampled_from([0.1, 0.75, 3.0]))
+@given(short_market(), HORIZON_S, st.sampled_from(WAYS), st.sampled_from([0.1, 0.75, 3.0]))
 def test_outcomes_equal_the_slow_reference(drawn, horizon_s, way, patience_s):
     quotes, rng = drawn
     rows = rows_on_grid(quotes, 250 * NS_PER_MS)
@@ -159,7 +129,7 @@ def test_outcomes_equal_the_slow_reference(drawn, horizon_s, way, patience_s):
 
 
 @settings(max_examples=100, deadline=None)
-@given(market(), HORIZON_S, st.sampled_from(WAYS))
+@given(short_market(), HORIZON_S, st.sampled_from(WAYS))
 def test_no_outcome_depends_on_what_comes_after_its_end(drawn, horizon_s, way):
     quotes, rng = drawn
     rows = rows_on_grid(quotes, 250 * NS_PER_MS)
@@ -175,7 +145,7 @@ def test_no_outcome_depends_on_what_comes_after_its_end(drawn, horizon_s, way):
 
 
 @settings(max_examples=100, deadline=None)
-@given(market(), HORIZON_S)
+@given(short_market(), HORIZON_S)
 def test_without_barriers_a_taker_gets_the_horizon_labels(drawn, horizon_s):
     quotes, _ = drawn
     rows = rows_on_grid(quotes, 250 * NS_PER_MS)
@@ -189,7 +159,7 @@ def test_without_barriers_a_taker_gets_the_horizon_labels(drawn, horizon_s):
 
 
 @settings(max_examples=100, deadline=None)
-@given(market(), HORIZON_S, st.sampled_from(WAYS))
+@given(short_market(), HORIZON_S, st.sampled_from(WAYS))
 def test_the_better_side_knows_only_what_both_sides_know(drawn, horizon_s, way):
     quotes, _ = drawn
     rows = rows_on_grid(quotes, 250 * NS_PER_MS)
@@ -209,17 +179,8 @@ def test_the_better_side_knows_only_what_both_sides_know(drawn, horizon_s, way):
 
 @pytest.fixture(scope="module")
 def standx_day(recordings):
-    "Best quotes of a whole recorded day and rows once a second, straight from the file"
-    names = ["ts_recv", "bid_px_0", "ask_px_0"]
-    path = recordings / "standx" / "BTC-USD_book20_2026-01-06.parquet"
-    day = pd.read_parquet(path, columns=names).sort_values("ts_recv", kind="stable")
-    quotes = np.zeros(len(day), QUOTE)
-    quotes["ts_recv"] = day.ts_recv.astype("datetime64[ns]").astype("int64")
-    quotes["ts_recv"] -= quotes["ts_recv"][0] // NS_PER_S * NS_PER_S
-    quotes["bid_ticks"] = (day.bid_px_0 * 100).round()
-    quotes["ask_ticks"] = (day.ask_px_0 * 100).round()
-    locked = quotes["bid_ticks"] == quotes["ask_ticks"]
-    quotes["status"] = np.where(locked, BOOK_LOCKED, BOOK_OK)
+    "Best quotes of a whole recorded day and rows once a second"
+    quotes = recorded_day(recordings)
     return rows_on_grid(quotes, NS_PER_S), quotes
 
 

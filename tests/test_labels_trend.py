@@ -1,29 +1,15 @@
 """Trend scanning against a slow, obvious reference: every fit made anew."""
 
 import numpy as np
-import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from label_cases import recorded_day, rows_on_grid, short_market
 
 from tradebook.base.clock import NS_PER_MS, NS_PER_S
-from tradebook.features.kernel import ROW
 from tradebook.labels.trend import MAX_T, trend_labels
-from tradebook.market.book import BOOK_INVALID, BOOK_LOCKED, BOOK_OK, BOOK_ONE_SIDED
-from tradebook.market.quotes import QUOTE
 
 HOLE_MS = 1_500
-
-
-def rows_on_grid(quotes, step_ns):
-    "Rows every step, each with the book that was known then"
-    rows = np.zeros((int(quotes["ts_recv"][-1]) + 3 * step_ns) // step_ns + 1, ROW)
-    rows["ts"] = np.arange(len(rows)) * step_ns
-    at = np.searchsorted(quotes["ts_recv"], rows["ts"], side="right") - 1
-    for name in ("bid_ticks", "ask_ticks", "segment", "status"):
-        rows[name] = quotes[name][at]
-    rows["status"][at < 0] = BOOK_INVALID
-    return rows
 
 
 def t_of_slope(y):
@@ -76,42 +62,17 @@ def compare(rows, quotes, step_ns, shortest, longest, least_t):
     return found
 
 
-@st.composite
-def market(draw):
-    "A short market with pauses, holes and books without a price"
-    n = draw(st.integers(1, 80))
-    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    quotes = np.zeros(n, QUOTE)
-    pauses = rng.choice([0, 100, 250, 500, 1_000, 3_000], n, p=[0.1, 0.3, 0.3, 0.17, 0.1, 0.03])
-    quotes["ts_recv"] = np.cumsum(pauses) * NS_PER_MS
-    quotes["segment"] = np.cumsum(rng.uniform(size=n) < 0.03)
-    quotes["bid_ticks"] = 10_000 + np.cumsum(rng.integers(-2, 3, n))
-    quotes["ask_ticks"] = quotes["bid_ticks"] + rng.integers(0, 3, n)
-    locked = quotes["bid_ticks"] == quotes["ask_ticks"]
-    quotes["status"] = np.where(locked, BOOK_LOCKED, BOOK_OK)
-    quotes["status"][rng.uniform(size=n) < 0.02] = BOOK_ONE_SIDED
-    return quotes
-
-
 @settings(max_examples=150, deadline=None)
-@given(market(), st.integers(2, 6), st.integers(0, 30), st.sampled_from([0.0, 2.0]))
-def test_trends_equal_the_slow_reference(quotes, shortest, more, least_t):
+@given(short_market(80, 0.03), st.integers(2, 6), st.integers(0, 30), st.sampled_from([0.0, 2.0]))
+def test_trends_equal_the_slow_reference(drawn, shortest, more, least_t):
+    quotes, _ = drawn
     step_ns = 250 * NS_PER_MS
     compare(rows_on_grid(quotes, step_ns), quotes, step_ns, shortest, shortest + more, least_t)
 
 
 @pytest.mark.recordings
 def test_every_row_of_a_real_day_equals_the_reference(recordings):
-    names = ["ts_recv", "bid_px_0", "ask_px_0"]
-    path = recordings / "standx" / "BTC-USD_book20_2026-01-06.parquet"
-    day = pd.read_parquet(path, columns=names).sort_values("ts_recv", kind="stable")
-    quotes = np.zeros(len(day), QUOTE)
-    quotes["ts_recv"] = day.ts_recv.astype("datetime64[ns]").astype("int64")
-    quotes["ts_recv"] -= quotes["ts_recv"][0] // NS_PER_S * NS_PER_S
-    quotes["bid_ticks"] = (day.bid_px_0 * 100).round()
-    quotes["ask_ticks"] = (day.ask_px_0 * 100).round()
-    locked = quotes["bid_ticks"] == quotes["ask_ticks"]
-    quotes["status"] = np.where(locked, BOOK_LOCKED, BOOK_OK)
+    quotes = recorded_day(recordings)
     rows = rows_on_grid(quotes, NS_PER_S)
     found = compare(rows, quotes, NS_PER_S, 4, 6, 3.0)
     assert len(rows) > 86_000 and found.labels["is_valid"].sum() > 25_000

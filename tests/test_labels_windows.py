@@ -1,32 +1,17 @@
 """Labels against a slow, obvious reference: random markets, and every row of a real day."""
 
 import numpy as np
-import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from label_cases import recorded_day, rows_on_grid, short_market
 
 from tradebook.base.clock import NS_PER_MS, NS_PER_S
-from tradebook.features.rows import ROW
 from tradebook.labels.barriers import barrier_labels
 from tradebook.labels.horizon import horizon_labels
-from tradebook.market.book import BOOK_INVALID, BOOK_LOCKED, BOOK_OK, BOOK_ONE_SIDED
-from tradebook.market.quotes import QUOTE
+from tradebook.market.book import BOOK_LOCKED, BOOK_OK
 
 OUTCOMES = ("gross_bps", "long_net_bps", "short_net_bps")
-
-
-def rows_on_grid(quotes, step_ns):
-    "Rows every step, each with the book that was known then"
-    stop = int(quotes["ts_recv"][-1]) + 3 * step_ns
-    rows = np.zeros(stop // step_ns + 1, ROW)
-    rows["ts"] = np.arange(len(rows)) * step_ns
-    at = np.searchsorted(quotes["ts_recv"], rows["ts"], side="right") - 1
-    for name in ("bid_ticks", "ask_ticks", "segment", "status"):
-        rows[name] = quotes[name][at]
-    rows["ts_book"] = quotes["ts_recv"][at]
-    rows["status"][at < 0] = BOOK_INVALID
-    return rows
 
 
 def is_price(status):
@@ -97,29 +82,11 @@ def same(labels, expected):
             np.testing.assert_array_equal(labels[name], np.array(column), err_msg=name)
 
 
-@st.composite
-def market(draw):
-    "A short market with pauses, holes, equal times and books without a price"
-    n = draw(st.integers(1, 60))
-    seed = draw(st.integers(0, 2**32 - 1))
-    rng = np.random.default_rng(seed)
-    quotes = np.zeros(n, QUOTE)
-    pauses = rng.choice([0, 100, 250, 500, 1_000, 3_000], n, p=[0.1, 0.3, 0.3, 0.15, 0.1, 0.05])
-    quotes["ts_recv"] = np.cumsum(pauses) * NS_PER_MS
-    quotes["segment"] = np.cumsum(rng.uniform(size=n) < 0.05)
-    quotes["bid_ticks"] = 10_000 + np.cumsum(rng.integers(-3, 4, n))
-    quotes["ask_ticks"] = quotes["bid_ticks"] + rng.integers(0, 3, n)
-    locked = quotes["bid_ticks"] == quotes["ask_ticks"]
-    quotes["status"] = np.where(locked, BOOK_LOCKED, BOOK_OK)
-    quotes["status"][rng.uniform(size=n) < 0.05] = BOOK_ONE_SIDED
-    return quotes, rng
-
-
 HORIZON_S = st.sampled_from([0.1, 0.25, 1.0, 2.0, 5.0])
 
 
 @settings(max_examples=300, deadline=None)
-@given(market(), HORIZON_S, st.sampled_from([0.0, 0.5, 3.0]))
+@given(short_market(), HORIZON_S, st.sampled_from([0.0, 0.5, 3.0]))
 def test_horizon_labels_equal_the_slow_reference(drawn, horizon_s, dead_zone_bps):
     quotes, _ = drawn
     rows = rows_on_grid(quotes, 250 * NS_PER_MS)
@@ -129,7 +96,7 @@ def test_horizon_labels_equal_the_slow_reference(drawn, horizon_s, dead_zone_bps
 
 
 @settings(max_examples=300, deadline=None)
-@given(market(), HORIZON_S, st.sampled_from([0.5, 1.0, 2.0]))
+@given(short_market(), HORIZON_S, st.sampled_from([0.5, 1.0, 2.0]))
 def test_barrier_labels_equal_the_slow_reference(drawn, horizon_s, multiple):
     quotes, rng = drawn
     rows = rows_on_grid(quotes, 250 * NS_PER_MS)
@@ -143,7 +110,7 @@ def test_barrier_labels_equal_the_slow_reference(drawn, horizon_s, multiple):
 
 
 @settings(max_examples=100, deadline=None)
-@given(market(), HORIZON_S)
+@given(short_market(), HORIZON_S)
 def test_no_label_depends_on_what_comes_after_its_end(drawn, horizon_s):
     quotes, _ = drawn
     rows = rows_on_grid(quotes, 250 * NS_PER_MS)
@@ -156,7 +123,7 @@ def test_no_label_depends_on_what_comes_after_its_end(drawn, horizon_s):
 
 
 @settings(max_examples=100, deadline=None)
-@given(market(), HORIZON_S)
+@given(short_market(), HORIZON_S)
 def test_labels_of_a_mirrored_market_are_mirrored(drawn, horizon_s):
     quotes, _ = drawn
     quotes["bid_ticks"] += 1_000_000  # far up, so that a basis point is alike on both sides
@@ -174,17 +141,8 @@ def test_labels_of_a_mirrored_market_are_mirrored(drawn, horizon_s):
 
 @pytest.fixture(scope="module")
 def standx_day(recordings):
-    "Best quotes of a whole recorded day and rows once a second, straight from the file"
-    names = ["ts_recv", "bid_px_0", "ask_px_0"]
-    path = recordings / "standx" / "BTC-USD_book20_2026-01-06.parquet"
-    day = pd.read_parquet(path, columns=names).sort_values("ts_recv", kind="stable")
-    quotes = np.zeros(len(day), QUOTE)
-    quotes["ts_recv"] = day.ts_recv.astype("datetime64[ns]").astype("int64")
-    quotes["ts_recv"] -= quotes["ts_recv"][0] // NS_PER_S * NS_PER_S
-    quotes["bid_ticks"] = (day.bid_px_0 * 100).round()
-    quotes["ask_ticks"] = (day.ask_px_0 * 100).round()
-    locked = quotes["bid_ticks"] == quotes["ask_ticks"]
-    quotes["status"] = np.where(locked, BOOK_LOCKED, BOOK_OK)
+    "Best quotes of a whole recorded day and rows once a second"
+    quotes = recorded_day(recordings)
     return rows_on_grid(quotes, NS_PER_S), quotes
 
 
