@@ -419,6 +419,27 @@ def test_a_skewed_clock_shows_in_messages_and_in_the_time_asked_for():
     rehearsed(test)
 
 
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (
+            {"code": "checksum"},
+            "bybit cannot have the fault checksum: its messages carry no checksum",
+        ),
+        ({"code": "drop", "symbol": "BTCUSD"}, "was 'BTCUSD'; did you mean 'BTCUSDT'?"),
+        ({"code": "malformed", "way": "cat"}, "way of malformed must be of"),
+    ],
+)
+def test_a_fault_that_could_not_happen_is_refused_and_nothing_is_broken(body, words):
+    async def test(exchange, session, client):
+        async with session.post(f"{exchange.http_url}/rehearsal/fault", json=body) as answer:
+            assert answer.status == 400 and words in (await answer.json())["error"]
+        await client.wait(len(client.numbers()) + 5)
+        assert set(follows(client.numbers())) == {1} and not exchange.faults.all
+
+    rehearsed(test)
+
+
 def test_every_kind_of_fault_is_tried_here():
     text = open(__file__).read()
     untested = [code for code in KINDS if f'"{code}"' not in text]

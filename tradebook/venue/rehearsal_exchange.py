@@ -10,6 +10,7 @@ import asyncio
 import itertools
 import time
 from collections import deque
+from typing import ClassVar
 
 import orjson
 from aiohttp import WSMsgType, web
@@ -78,6 +79,10 @@ class Exchange:
     "A replayed market behind sockets on this machine"
 
     venue = "none"
+    frame_type = Frame  # Reads a topic as faults name it: stream and symbol
+    cannot: ClassVar = {
+        "checksum": "its messages carry no checksum"
+    }  # Faults that it cannot have, and why
 
     def __init__(
         self,
@@ -93,6 +98,9 @@ class Exchange:
         pairs = zip(listings, self.source.books, strict=True)
         self.markets = [self.new_market(of, book) for of, book in pairs]
         self.by_key = {(m.listing.category, m.listing.id): m for m in self.markets}
+        if len(self.by_key) < len(self.markets):
+            names = [m.listing.id for m in self.markets]
+            raise DataError(f"each market must have a name of its own on {self.venue}, was {names}")
         self.faults, self.sockets, self.ids = Faults(), {}, itertools.count(1)
         self.wait_topics, self.port, self.max_s = wait_topics, port, max_s
         self.n_messages, self.n_requests, self.tasks, self.failure = 0, 0, [], ""
@@ -114,8 +122,12 @@ class Exchange:
         "The market that a topic is about; DataError in the venue's words without one"
         market = self.by_key.get((category, topic_parts(topic)[2]))
         if market is None:
-            raise DataError(f"handler not found,topic:{topic}")
+            raise DataError(self.refusal(topic))
         return market
+
+    def refusal(self, topic: str) -> str:
+        "The venue's words for a topic that it does not open"
+        return f"handler not found,topic:{topic}"
 
     def encode(self, socket, frame: Frame) -> bytes:
         "Write a frame for a socket"
@@ -177,11 +189,11 @@ def subscribe(
     for topic, market in zip(topics, markets, strict=True):
         if (category, topic) in socket.topics:
             raise DataError(f"already subscribed,topic:{topic}")
-        frame, refusing = Frame(topic, {}), self.faults.active(now, "refuse_subscription")
+        frame, refusing = self.frame_type(topic, {}), self.faults.active(now, "refuse_subscription")
         for fault in refusing:
             if fault.fits(frame.stream, market.listing.id):
                 fault.n_touched += 1
-                raise DataError(f"handler not found,topic:{topic}")
+                raise DataError(self.refusal(topic))
     accept()
     for topic, market in zip(topics, markets, strict=True):
         socket.topics[category, topic] = next(self.ids)

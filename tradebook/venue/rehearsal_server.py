@@ -16,9 +16,9 @@ import orjson
 from aiohttp import WSCloseCode, WSMsgType, web
 from fastcore.basics import patch
 
-from ..base.errors import DataError, VenueError
+from ..base.errors import DataError, VenueError, nearest
 from .rehearsal_exchange import Exchange, Socket
-from .rehearsal_faults import rate_limit
+from .rehearsal_faults import Faults, rate_limit
 
 # %% ../../nbs/venue/27_rehearsal_server.ipynb #b98bea82
 @patch
@@ -73,15 +73,27 @@ def break_sockets(self: Exchange, fault):
 
 # %% ../../nbs/venue/27_rehearsal_server.ipynb #8c9d84b0
 @patch
+def check_fault(self: Exchange, code: str, **fields):
+    "Refuse a fault that this wire cannot have, or a market that is not here"
+    if code in self.cannot:
+        raise DataError(f"{self.venue} cannot have the fault {code}: {self.cannot[code]}")
+    symbol, ids = fields.get("symbol", ""), [m.listing.id for m in self.markets]
+    if symbol and symbol not in ids:
+        raise DataError(f"symbol must be one of {ids}, was {symbol!r}; {nearest(symbol, ids)}")
+    Faults().add(code, 0, **fields)
+
+
+@patch
 def fault(self: Exchange, code: str, **fields):
     "Break something, as the command does"
+    self.check_fault(code, **fields)
     known = {i for s in self.sockets.values() for i in (s.id, *s.topics.values())}
     found = self.faults.add(code, time.time_ns(), frozenset(known), **fields)
     if code in ("half_open", "abort", "close"):
         self.break_sockets(found)
     return found
 
-
+# %% ../../nbs/venue/27_rehearsal_server.ipynb #761b476b
 @patch
 def status(self: Exchange) -> dict:
     "Where the rehearsal stands"
