@@ -73,7 +73,7 @@ def test_rows_without_outcome_or_with_holes_in_them_teach_nothing():
     labels["is_valid"][910:920] = False
     labels["gross_bps"][910:920] = np.nan
     model = fit_direction(x, labels, columns, QUICK)
-    missing = np.flatnonzero(np.isnan(model.p_up_out_of_fold))
+    missing = np.flatnonzero(np.isnan(model.raw_out_of_fold))
     assert {805, 806, *range(910, 920)} == set(missing[missing >= 600].tolist())
     assert (model.metrics["n_unknown"], model.metrics["n_nan"]) == (10, 2)
     # what stands in unusable rows cannot matter
@@ -84,22 +84,42 @@ def test_rows_without_outcome_or_with_holes_in_them_teach_nothing():
 
 def test_a_forecast_knows_nothing_of_its_own_stretch_nor_of_what_follows():
     x, labels, columns = drawn()
-    was = fit_direction(x, labels, columns, QUICK).p_up_out_of_fold
+    was = fit_direction(x, labels, columns, QUICK)
     turned, other = labels.copy(), x.copy()
     turned["gross_bps"][1_000:] *= -1  # the last two of four stretches
     turned["label"][1_000:] *= -1
     other[1_500:] *= -1
-    now = fit_direction(other, turned, columns, QUICK).p_up_out_of_fold
-    assert np.isnan(was[:500]).all() and np.isfinite(was[500:]).all()
-    np.testing.assert_array_equal(now[500:1_500], was[500:1_500])
-    assert (now[1_500:] != was[1_500:]).any()
+    now = fit_direction(other, turned, columns, QUICK)
+    for name in ("raw_out_of_fold", "p_up_out_of_fold"):
+        before, after = (getattr(one, name) for one in (was, now))
+        assert np.isnan(before[:500]).all() and np.isfinite(before[500:]).all()
+        np.testing.assert_array_equal(after[500:1_500], before[500:1_500])
+        assert (after[1_500:] != before[1_500:]).any()
+
+
+def test_what_was_forecast_without_a_curve_is_in_no_score_and_no_trade():
+    x, labels, columns = drawn(4_000)
+    model, again = fit_direction(x, labels, columns, QUICK), labels.copy()
+    again["gross_bps"][1_000:2_000] *= 3  # the stretch that has no curve before it
+    for name in ("long_net_bps", "short_net_bps"):
+        again[name][1_000:2_000] += 50
+    other = fit_direction(x, again, columns, QUICK)
+    assert np.isfinite(model.raw_out_of_fold[1_000:2_000]).all() and model.calibration
+    assert model.metrics["n_scored_moves"] == 2_000
+    for name in ("auc", "log_loss", "calibration", "move_slope", "baselines"):
+        assert other.metrics[name] == model.metrics[name]
+    assert other.thresholds == model.thresholds
+    for some, chosen in ((4_000, {"training.calibration": "none"}), (2_000, {})):
+        plain = fit_direction(*drawn(some), QUICK.with_overrides(chosen))  # or too short for one
+        assert plain.calibration is None and plain.metrics["n_scored_moves"] == some * 3 / 4
 
 
 def test_forecasts_cannot_see_labels_that_reach_into_the_test():
     x, labels, columns = drawn(horizon=100)
-    was = fit_direction(x, labels, columns, QUICK).p_up_out_of_fold
+    was = fit_direction(x, labels, columns, QUICK).raw_out_of_fold
     labels["label"][340:500] *= -1  # these end within 60 s of the first test, at row 500, or later
-    now = fit_direction(x, labels, columns, QUICK).p_up_out_of_fold
+    now = fit_direction(x, labels, columns, QUICK).raw_out_of_fold
+    assert np.isfinite(was[500:]).all()
     np.testing.assert_array_equal(now[500:1_000], was[500:1_000])
 
 

@@ -110,6 +110,7 @@ class Training(Section):
         "seeds", "What the forests of one model are: seeds alone, or one a fold left out, too."
     )
     is_meta: bool = _key(False, "Fit a second model that says take or skip.")
+    is_one_model: bool = _key(False, "Fit each forest on all workers of a Dask cluster together.")
 
 # %% ../../nbs/base/02_sections.ipynb #de43caff
 class Retrain(Section):

@@ -20,6 +20,7 @@ from ..base.settings import Settings
 from ..features.rows import FeatureRows, build_features
 from ..labels.horizon import is_priced
 from ..market.instruments import Instrument
+from .forward import Fitter, fit_members
 from .metrics import auc, ranks
 from .model import DirectionModel, fit_direction, usable_rows
 from .splits import PurgedWalkForward
@@ -322,11 +323,12 @@ def fit_checked(
     progress: Callable[[int, int], None] | None = None,  # Called with fits done and fits in all
     before: Iterable[Canary] = (),  # What was checked already, such as by `check_rebuilt`
     study: Path | None = None,  # SQLite file for training.tune_trials
+    fitter: Fitter = fit_members,  # What fits the forests
 ) -> DirectionModel:  # With what the canaries found in metrics["canaries"]
     "Fit P(up) on a set without leaks"
     found = canaries(features, labels, settings, before)
     require_no_leak(found)
-    given = features.x, labels, features.feature_set, settings, progress, study
+    given = features.x, labels, features.feature_set, settings, progress, study, fitter
     model = fit_direction(*given)
     found.append(check_score(model.metrics))
     require_no_leak(found)

@@ -18,6 +18,7 @@ from ..base.settings import Settings
 from ..features.schema import FeatureSet
 from tradebook.training.forward import (
     Corrected,
+    Fitter,
     Forward,
     choose_forward,
     correct_forward,
@@ -159,7 +160,7 @@ class DirectionModel:
     settings_hash: str  # Hash of the settings it was made with
     ts_first: int  # Start of the first label it saw, ns UTC
     ts_last: int  # End of the last label it saw, ns UTC
-    p_up_out_of_fold: np.ndarray  # Walk-forward, corrected, (N,); NaN where never tested
+    p_up_out_of_fold: np.ndarray  # Walk-forward, corrected, (N,); NaN where not judged
     raw_out_of_fold: np.ndarray | None = None  # The same before they were corrected
     members: tuple[str, ...] = ()  # Further forests that are asked with the first
     calibration: dict | None = None  # The curve, as from `Calibration.to_dict`; None: none
@@ -187,7 +188,7 @@ class DirectionModel:
 # %% ../../nbs/training/02_model.ipynb #9b98ec78
 def _measure(x, labels, found: Forward, fixed: Corrected, names, seed) -> dict:
     "Collect everything that is claimed about a model, from rows its makers had not seen"
-    at = found.fold >= 0
+    at = np.isfinite(fixed.p_up)
     p_up, fold = fixed.p_up[at], found.fold[at]
     x, labels, base = x[at], labels[at], found.base[at]
     start, end, move = (labels[n] for n in ("ts_start", "ts_end", "gross_bps"))
@@ -197,8 +198,6 @@ def _measure(x, labels, found: Forward, fixed: Corrected, names, seed) -> dict:
     )  # a barrier may disagree with the mid
     is_up, raw = labels["label"][side] > 0, found.p_up[at][side]
     scores = score_direction(p_up[side], sign[side], start[side], end[side], fold[side], seed=seed)
-    like_live = fixed.is_corrected[at] if fixed.is_corrected.any() else np.ones(len(labels), bool)
-    block = time_blocks(start[like_live], end[like_live])
     return {
         **{name: estimate.to_dict() for name, estimate in scores.items()},
         "n_test": int(side.sum()),
@@ -208,7 +207,7 @@ def _measure(x, labels, found: Forward, fixed: Corrected, names, seed) -> dict:
         "calibration": calibration_table(p_up[side], is_up),
         "calibration_before": calibration_table(raw, is_up),
         "log_loss_before": float(log_loss(raw, is_up)),
-        "move_slope": move_slope(p_up[like_live], move[like_live], fold[like_live], block),
+        "move_slope": move_slope(p_up, move, fold, time_blocks(start, end)),
         "spread": _disagreement(found.spread[at][side], p_up[side], is_up, fold[side]),
         "stops": [_thin(k, stop) for k, stop in found.stops],
     }
@@ -236,10 +235,10 @@ def _disagreement(spread, p_up, is_up, fold) -> dict:
     return found
 
 # %% ../../nbs/training/02_model.ipynb #84a0f156
-def _walked(x, labels, names, settings, learner, first_row, progress):
+def _walked(x, labels, names, settings, learner, *given):
     "Forecast, correct and bound each stretch by what came before it"
     chosen = settings.training
-    found = walk_forward(x, labels, names, settings, learner, first_row, progress)
+    found = walk_forward(x, labels, names, settings, learner, *given)
     embargo_ns = round(chosen.embargo_s * 1e9)
     fixed = correct_forward(found, labels, chosen.calibration, embargo_ns)
     return found, fixed, choose_forward(fixed.p_up, found, labels, embargo_ns)
@@ -270,6 +269,7 @@ def fit_direction(
     settings: Settings,  # Uses [training] and [labels]
     progress: Callable[[int, int], None] | None = None,  # Called with fits done and fits in all
     study: Path | None = None,  # SQLite file for training.tune_trials
+    fitter: Fitter = fit_members,  # What fits the forests; the search and the second model fit here
 ) -> DirectionModel:  # The model fitted on all usable rows, measured walking forward
     "Fit P(up), and measure on rows not seen what it is worth"
     names, chosen = tuple(feature_set.names), settings.training
@@ -282,8 +282,9 @@ def fit_direction(
     if chosen.tune_trials:
         tuned, first_row = search(seen, known, names, settings, learner, study, progress)
         learner, tuning = tuned.learner, tuned.to_dict()
-    found, fixed, bounds = _walked(seen, known, names, settings, learner, first_row, progress)
-    forest = fit_members(learner, direction_lesson(seen, known, names)[0], settings)
+    given = learner, first_row, progress, fitter
+    found, fixed, bounds = _walked(seen, known, names, settings, *given)
+    forest = fitter(learner, direction_lesson(seen, known, names)[0], settings)
     if progress:
         progress(chosen.folds + 1, chosen.folds + 1)
     metrics = {**counts, "n_train": counts["n_up"] + counts["n_down"]}

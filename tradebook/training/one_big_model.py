@@ -77,6 +77,8 @@ def _one_try(client, held, read, parts, n_rows, n_columns, learner) -> str:
             if half.status == "error":
                 raise DataError(f"part {one} could not be read: {half.exception()}")
         shapes = [(int(n), n_columns) for n in client.gather(client.map(len, halves[0]))]
+        if (n := sum(rows for rows, _ in shapes)) != n_rows:
+            raise DataError(f"the workers found {n:,} rows, {n_rows:,} are known here; {_SAME}")
         x = [array.from_delayed(f, s, "f8") for f, s in zip(halves[0], shapes, strict=True)]
         y = [array.from_delayed(f, s[:1], "f8") for f, s in zip(halves[1], shapes, strict=True)]
         given = parameters(learner, n_rows)
@@ -85,6 +87,9 @@ def _one_try(client, held, read, parts, n_rows, n_columns, learner) -> str:
         model = DaskLGBMRegressor(client=client, n_estimators=rounds, time_out=2, **given)
         model.fit(array.concatenate(x), array.concatenate(y))
     return model.booster_.model_to_string()
+
+
+_SAME = "they must see the same folders by the same names"
 
 
 def _keep_order(client, held: Sequence[str]):

@@ -50,11 +50,10 @@ class Skipping(NamedTuple):
 
 def _chances(found: Forward, p_paid, rows, net, embargo_ns) -> tuple[np.ndarray, float]:
     "Chance from which each proposal is taken, by what was known before; and from now on"
-    by_row = np.zeros(len(rows))
-    for k in sorted(set(found.fold[found.fold >= 0].tolist()))[1:]:
-        before = known_before(found, rows, k, embargo_ns)
+    by_row, known = np.zeros(len(rows)), np.isfinite(p_paid)
+    for k in sorted(set(found.fold[known].tolist()))[1:]:
+        before = known & known_before(found, rows, k, embargo_ns)
         by_row[found.fold == k] = least_chance(p_paid[before], net[before])
-    known = found.fold >= 0
     return by_row, least_chance(p_paid[known], net[known])
 
 # %% ../../nbs/training/40_skipping.ipynb #84388c82
@@ -85,7 +84,8 @@ def fit_skipping(
     curve = fixed.curve.to_dict() if fixed.curve.kind != "none" else None
     facts = {"calibration": curve, "min_distance": least, "min_chance": min_chance}
     tested = np.zeros(len(labels), bool)
-    tested[place] = found.fold > found.fold[found.fold >= 0].min()  # the first has no past
+    judged = np.isfinite(fixed.p_up)
+    tested[place] = judged & (found.fold > found.fold[judged].min())  # the first has no past
     metrics = {"n_proposals": len(place), "paid": float((rows["label"] > 0).mean())}
     metrics |= _gain(p_up, labels, tested, is_skipped, least)
     return Skipping(forest.texts[0], names, facts, metrics, is_skipped)
