@@ -9,7 +9,7 @@ __all__ = ['KUCOIN_GUARANTEES', 'KUCOIN_SPANS_MS', 'KUCOIN_TOPICS', 'KUCOIN_ANSW
 # %% ../../nbs/venue/14_kucoin.ipynb #cb28c36f
 import numpy as np
 
-from .binance import DepthJoin
+from .binance import DepthJoin, join_book
 from .continuity import BookDecoder
 from .ladder import follow_numbers, pairs, reachable
 from tradebook.venue.wire import (
@@ -26,7 +26,6 @@ from tradebook.venue.wire import (
     parse_decimal,
     quote_events,
     read_frame,
-    set_aside_note,
     time_ns,
     trade_events,
     whole,
@@ -98,8 +97,7 @@ def kucoin_snapshot(
     ts_recv: int,  # Receive time, ns UTC
 ) -> list[Decoded]:  # The book, or the wish for another snapshot
     "Begin a book from a REST snapshot"
-    line, join, symbol = decoder.lines[market.id], decoder.joins[market.id], market.of.symbol
-    if line.is_alive:
+    if decoder.lines[market.id].is_alive:
         return []
     try:
         data = read_frame(body)["data"]
@@ -107,21 +105,8 @@ def kucoin_snapshot(
         sides = (reachable(market, pairs(data[key])) for key in ("bids", "asks"))
         rows = book_events(market, *sides, times, last, True, aside := [])
     except UNREADABLE as error:
-        return [malformed(error, symbol)._replace(action="resync")]
-    before = line.state.copy()
-    hole = line.begin(last, ts_recv)
-    messages, n_left = join.join(line, ts_recv)
-    if n_left and not messages:
-        line.state[:] = before
-        words = f"snapshot {last} must reach the kept changes, which begin at {join.waiting[0][0]}"
-        return [Decoded(symbol, "book", NO_EVENTS, "resync", WireCode.SNAPSHOT_OLD, words)]
-    events = np.concatenate([hole, rows, *messages])
-    told = [Decoded(symbol, "book", events, "", *set_aside_note(aside), times[0])]
-    join.is_asked = n_left > 0
-    if n_left:
-        words = f"{n_left} kept changes do not follow each other"
-        told.append(decoder._broken(market, ts_recv, WireCode.SEQ_GAP, words))
-    return told
+        return [malformed(error, market.of.symbol)._replace(action="resync")]
+    return join_book(decoder, market, rows, aside, last, times)
 
 # %% ../../nbs/venue/14_kucoin.ipynb #d5d9f211
 KUCOIN_SPANS_MS = {
