@@ -449,12 +449,13 @@ def test_a_late_snapshot_joins_the_changes_that_were_kept(tmp_path):
         assert tell(tmp_path / venue, script, venue=venue).codes(BTC) == ["SEQ_GAP"]
 
 
-def test_a_book_that_stays_crossed_is_replaced(tmp_path):
-    "CROSSED_BOOK"
+@pytest.mark.parametrize("count", [3, 40])
+def test_a_book_that_is_crossed_three_times_is_replaced(tmp_path, count):
+    "CROSSED_BOOK: also when it has passed before anybody looked"
 
     async def script(story):
         await story.ready()
-        story.exchange.fault("cross_book", symbol="BTCUSDT", count=40)
+        story.exchange.fault("cross_book", symbol="BTCUSDT", count=count)
         await story.healed(BTC, "CROSSED_BOOK")
         await story.until(lambda: not story.exchange.faults.active(2**62, "cross_book"), what="end")
         await asyncio.sleep(1.5)

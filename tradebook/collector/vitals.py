@@ -12,8 +12,8 @@ import numpy as np
 from numba import njit
 
 from ..base.clock import NS_PER_S
-from ..market.book import Book, apply_event, best
-from ..market.events import FLAG_LAST, KIND_GAP, KIND_LEVEL, KIND_TRADE
+from ..market.book import Book, apply_event, best, size_at
+from ..market.events import FLAG_LAST, KIND_CLEAR, KIND_GAP, KIND_LEVEL, KIND_TRADE
 
 # %% ../../nbs/collector/04_vitals.ipynb #0f2c9642
 STREAM_NAMES = ("book", "trade", "quote", "candle", "mark", "funding", "open_interest")
@@ -67,6 +67,7 @@ STATE = np.dtype(
         ("trade_ns", "<i8"),  # First trade since that change; 0: none
         ("n_trades", "<i8"),  # Trades since that change
         ("n_crossed", "<i8"),  # Messages in a row after which the book was crossed
+        ("most_crossed", "<i8"),  # Most of them in a row since the book was asked for
         ("n_crossed_all", "<i8"),  # Such messages, ever
         ("n_gaps", "<i8"),  # Holes, ever
         ("n_events", "<i8"),  # Rows, ever
@@ -87,9 +88,11 @@ def follow(
     for i in range(len(events)):
         e = events[i]
         if e.kind <= KIND_LEVEL:
+            is_changed |= e.kind == KIND_CLEAR
+            if e.kind == KIND_LEVEL:  # a level that is told again is no change
+                is_changed |= size_at(book, np.int64(e.side < 0), e.price_ticks) != e.size_lots
             apply_event(book, e.kind, e.side, e.price_ticks, e.size_lots)
             s.n_gaps += e.kind == KIND_GAP
-            is_changed |= e.kind != KIND_GAP
         elif e.kind == KIND_TRADE:
             if s.n_trades == 0:
                 s.trade_ns = e.ts_recv
@@ -101,6 +104,7 @@ def follow(
             is_crossed = bid > ask and ask >= 0
             s.n_crossed = s.n_crossed + 1 if is_crossed else 0
             s.n_crossed_all += is_crossed
+            s.most_crossed = max(s.most_crossed, s.n_crossed)
     s.n_events += len(events)
 
 # %% ../../nbs/collector/04_vitals.ipynb #a2c345a8
@@ -161,8 +165,8 @@ def judge_book(
     bounds: Bounds,  # How long is too long
 ) -> tuple[str, str]:  # Code and words; empty when all is well
     "Judge one book"
-    if state["n_crossed"] >= bounds.n_crossed:
-        return "CROSSED_BOOK", f"bid {state['bid_ticks']} above ask {state['ask_ticks']} ticks"
+    if state["most_crossed"] >= bounds.n_crossed:
+        return "CROSSED_BOOK", f"bid above ask for {state['most_crossed']} messages in a row"
     frozen = (now_ns - state["trade_ns"]) / NS_PER_S if state["n_trades"] else 0.0
     if state["n_trades"] >= bounds.n_trades and frozen > bounds.frozen:
         return "BOOK_FROZEN", f"{state['n_trades']} trades in {frozen:.1f} s without a change"
@@ -192,7 +196,8 @@ class Vitals:
             pulse["asked_ns"], pulse["first_ns"], pulse["mean_ns"] = now_ns, 0, 0
             pulse["n_stands"] = 0
         if "book" in streams:
-            self.states[i]["n_trades"] = self.states[i]["n_crossed"] = 0
+            for name in ("n_trades", "n_crossed", "most_crossed"):
+                self.states[i][name] = 0
 
     def forget(self, symbol: str):
         "Note that nothing is wanted of a symbol"

@@ -140,10 +140,14 @@ class BookChannel:
         data = {"s": self.id, "b": bids, "a": asks, "u": self.u, "seq": seq}
         return Frame(topic, {"topic": topic, "type": kind, "ts": ms, "data": data, "cts": ms})
 
+    def told(self, n: int) -> list[list]:
+        "The first levels of both sides as they were shown last"
+        pairs = ((ticks[:n], lots[:n]) for ticks, lots in self.shown)
+        return [self.words.levels(ticks[ticks >= 0], lots[ticks >= 0]) for ticks, lots in pairs]
+
     def snapshot(self, ms: int, seq: int) -> Frame:
         "Everything shown so far; the next change follows its number"
-        sides = [self.words.levels(t[t >= 0], n[t >= 0]) for t, n in self.shown]
-        return self.frame("snapshot", *sides, ms, seq)
+        return self.frame("snapshot", *self.told(self.depth), ms, seq)
 
     def restart(self, ms: int, seq: int) -> Frame:
         "Begin the numbering again at one, as after a restart of the venue"
@@ -165,7 +169,9 @@ def change(self: BookChannel, rows: np.ndarray, ms: int, seq: int) -> Frame | No
         return None
     if self.is_frozen:
         self.u, self.is_shown_true = self.u + 1, False
-        return self.frame("delta", [], [], ms, seq) if self.depth > 1 else self.snapshot(ms, seq)
+        if self.depth == 1:
+            return self.snapshot(ms, seq)
+        return self.frame("delta", *self.told(1), ms, seq)
     before, was_whole, self.shown = self.shown, self.is_whole, self._window()
     self.is_whole, was_true, self.is_shown_true = self._fits(), self.is_shown_true, True
     if (rows["kind"] == KIND_CLEAR).any():
