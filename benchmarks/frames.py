@@ -25,24 +25,27 @@ from tradebook.venue.fast import DECODERS, fast_decoder, line_spans
 GOAL, MS = 15.0, 10**6
 
 
-def level_texts(rows, of):
-    "Price and size of book rows as the venue writes them"
-    return [
-        [f"{of.price(int(e['price_ticks'])):.1f}", f"{of.size(int(e['size_lots'])):.3f}"]
-        for e in rows
-    ]
+def level_texts(events, of):
+    "Price and size of every row as the venue writes them"
+    prices, sizes = of.price(events["price_ticks"]), of.size(events["size_lots"])
+    pairs = zip(prices.tolist(), sizes.tolist(), strict=True)
+    return [[f"{price:.1f}", f"{size:.3f}"] for price, size in pairs]
 
 
 def bybit_frames(events, of):
     "The frames a Bybit socket would have sent for these events"
-    frames, times, u = [], [], 0
-    for rows in np.split(events, message_starts(events)[1:]):
+    frames, times, u, texts = [], [], 0, level_texts(events, of)
+    starts = message_starts(events)
+    for start, rows in zip(starts.tolist(), np.split(events, starts[1:]), strict=True):
         kind, ts = rows["kind"][-1], int(rows["ts_event"][-1]) // MS
         if kind == KIND_LEVEL:
             u += 1
             is_first = rows["kind"][0] == KIND_CLEAR
-            levels = rows[rows["kind"] == KIND_LEVEL]
-            b, a = (level_texts(levels[levels["side"] == side], of) for side in (1, -1))
+            b, a = [], []
+            kinds, sides = rows["kind"].tolist(), rows["side"].tolist()
+            for i, (k, side) in enumerate(zip(kinds, sides, strict=True)):
+                if k == KIND_LEVEL:
+                    (b if side > 0 else a).append(texts[start + i])
             data = {"s": "BTCUSDT", "b": b, "a": a, "u": u, "seq": 60_000_000_000 + 17 * u}
             frame = {"topic": "orderbook.50.BTCUSDT", "type": "snapshot" if is_first else "delta"}
             frame |= {"ts": ts, "data": data, "cts": ts - 2}
@@ -52,7 +55,7 @@ def bybit_frames(events, of):
                     "T": ts, "s": "BTCUSDT", "S": "Buy" if e["side"] > 0 else "Sell", "v": size, "p": price,
                     "L": "PlusTick", "i": "20f43950-d8dd-5b31-9112-a178eb6023af", "BT": False, "RPI": False,
                 }
-                for e, (price, size) in zip(rows, level_texts(rows, of), strict=True)
+                for e, (price, size) in zip(rows, texts[start : start + len(rows)], strict=True)
             ]  # fmt: skip
             frame = {"topic": "publicTrade.BTCUSDT", "type": "snapshot", "ts": ts, "data": data}
         else:
