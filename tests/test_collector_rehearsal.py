@@ -338,6 +338,25 @@ def test_a_refused_topic_is_named_and_the_rest_is_recorded(tmp_path):
         story.stored(BTC)
 
 
+def test_what_was_refused_is_asked_for_again(tmp_path):
+    "A venue under maintenance refuses for a while; the hole says so"
+
+    async def script(story):
+        await story.ready()
+        fault = story.exchange.fault("refuse_subscription", symbol="BTCUSDT", seconds=600)
+        story.exchange.fault("abort")
+        await story.until(lambda: BTC in story.feed.refused, what="BTC refused")
+        latest = story.feed.status()["symbols"][BTC]["latest"]
+        assert latest["code"] == "WS_SUB_REJECTED" and "BTCUSDT" in latest["words"]
+        story.exchange.faults.heal(0, fault.number)
+        await story.until(lambda: story.feed.state(BTC) == "live", what="BTC live again")
+        await asyncio.sleep(0.3)
+
+    story = tell(tmp_path, script)
+    assert story.codes(BTC) == story.codes(ETH) == ["WS_LOST"]
+    assert "WS_SUB_REJECTED" in next(r for r in story.lines(BTC) if "also" in r)["also"]
+
+
 # ------------------------------------------------------------------ sockets
 
 

@@ -138,10 +138,22 @@ def tick(self: Feed):
                 self.ids[symbol]
             ].is_alive:  # else a snapshot came since the last drop
                 self.resync(symbol)
+    self._ask_refused(now)
     if jump := self.venue_clock.check(now):
         self.tell_all(Incident.VENUE_CLOCK, f"venue's clock moved by {jump / NS_PER_S:+.1f} s")
     if not self.ready.is_set() and all(self.state(s) == "live" for s in self.ids):
         self.ready.set()
+
+
+@patch
+def _ask_refused(self: Feed, now):
+    "Ask again for what the venue refused a while ago"
+    for symbol, since in list(self.refused_ns.items()):
+        shard = self.shard_of(symbol)
+        if now - since > self.escalation.retry_ns and shard.is_open:
+            del self.refused[symbol], self.refused_ns[symbol]
+            self.tallies[symbol][str(Step.RETRY)] += 1
+            self.ask(shard, [symbol])
 
 
 @patch
@@ -201,6 +213,19 @@ def state(self: Feed, symbol: str) -> str:
 
 # %% ../../nbs/collector/09_feed.ipynb #7b3e9803
 @patch
+def said(
+    self: Feed,
+    symbol: str,  # Unified symbol
+    now_ns: int,  # Now, ns UTC
+) -> dict | None:  # code, words, age_s; None when nothing ever happened
+    "Tell the latest incident of a symbol"
+    if symbol not in self.latest:
+        return None
+    ts, code, words = self.latest[symbol]
+    return {"code": code, "words": words, "age_s": round((now_ns - ts) / NS_PER_S, 1)}
+
+
+@patch
 def status(self: Feed) -> dict:
     "Everything worth knowing, as plain values"
     now, rows = self.clock.now_ns(), {}
@@ -216,7 +241,7 @@ def status(self: Feed) -> dict:
         rows[symbol] = {
             "state": self.state(symbol), "why": self.refused.get(symbol, self.escalation.of(symbol).code),
             "n_messages": n_by_stream, "n_events": int(one["n_events"]), "n_gaps": int(one["n_gaps"]),
-            "n_crossed": int(one["n_crossed_all"]), "book_age_s": age, **best,
+            "n_crossed": int(one["n_crossed_all"]), "book_age_s": age, **best, "latest": self.said(symbol, now),
             "counts": {k: v for k, v in self.tallies[symbol].items() if not k.startswith("asked ")},
         }  # fmt: skip
     sockets = [

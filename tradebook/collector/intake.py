@@ -76,6 +76,8 @@ class Intake:
         self.counts = Counter()  # Of the feed
         self.tallies = {symbol: Counter() for symbol in self.ids}  # Of each symbol
         self.refused: dict[str, str] = {}  # Symbol -> the venue's words
+        self.refused_ns: dict[str, int] = {}  # When that was, ns UTC
+        self.latest: dict[str, tuple[int, str, str]] = {}  # Time, code, words of the last incident
         self.torn: set[str] = set()  # Symbols whose rows were dropped
         self.no_book_ns: dict[str, int] = {}  # Since when a wanted book is missing
         self.is_stopping = False
@@ -98,7 +100,11 @@ class Intake:
     def incident(self, symbol: str, code: str, words: str = ""):
         "Tell of a cause, now"
         self.tallies[symbol][str(code)] += 1
-        self.sink.incident(symbol, self.clock.now_ns(), str(code), words)
+        self._note(symbol, self.clock.now_ns(), str(code), words)
+
+    def _note(self, symbol, ts_ns, code, words):
+        self.latest[symbol] = ts_ns, code, words
+        self.sink.incident(symbol, ts_ns, code, words)
 
     def tell_all(self, code, words):
         "Tell of something that concerns every symbol"
@@ -200,7 +206,7 @@ def _hear(self: Intake, record: Decoded, frame: bytes, ts: int):
             shard.send([text])
     elif code in _INCIDENTS:
         for one in [symbol] if symbol in self.ids else self.ids:
-            self.sink.incident(one, ts, code, record.detail)
+            self._note(one, ts, code, record.detail)
     if record.action == "resync":
         self.resync(symbol)
     elif record.action == "resubscribe":
@@ -275,7 +281,7 @@ def _reject(self: Intake, words: str):
     named = [s for s, id in self.ids.items() if id in words or id.lower() in words]
     for symbol in named or [s for s in self.ids if self.vitals.waiting(s)]:
         if symbol not in self.refused:
-            self.refused[symbol] = words
+            self.refused[symbol], self.refused_ns[symbol] = words, self.clock.now_ns()
             self.incident(symbol, Incident.WS_SUB_REJECTED, words)
             self.vitals.forget(symbol)
             self.no_book_ns.pop(symbol, None)
