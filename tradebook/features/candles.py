@@ -35,6 +35,8 @@ def candle_step(
     price_ticks: int,  # Price of a trade, ticks
 ) -> None:
     "Let one trade into the candle being built"
+    if price_ticks <= 0:  # no price at all: it has no logarithm
+        return
     now = candles[CANDLES]
     if now[CLOSE] < 0:
         now[OPEN], now[HIGH], now[LOW] = price_ticks, price_ticks, price_ticks

@@ -305,7 +305,10 @@ DESK_PARAMETERS = {
     "clock": {},
     "microprice": {},
 }  # fmt: skip
-_FORMULAS = {"depth": 2}  # of each group: count up whenever one of its formulas changes, from 1
+_FORMULAS = {
+    "depth": 2,
+    "toxicity": 2,
+}  # of each group: count up whenever one of its formulas changes, from 1
 DESK_PARAMETERS = {g: {**p, "formulas": _FORMULAS.get(g, 1)} for g, p in DESK_PARAMETERS.items()}
 FAMILIES = CORE | DESK
 GROUPS = tuple(FAMILIES)  # a group's place in this order is its number in the kernel

@@ -27,9 +27,9 @@ def weighted_mid_bps(
     mid_2 = levels[0, 0] + levels[2, 0]
     away, size = np.zeros(2), np.zeros(2)  # mean distance below and above the mid, half ticks
     for side in range(2):
-        total, lots = 0, 0
+        total, lots = 0.0, 0
         for i in range(k):
-            total += levels[2 * side + 1, i] * abs(2 * levels[2 * side, i] - mid_2)
+            total += float(levels[2 * side + 1, i]) * abs(2 * levels[2 * side, i] - mid_2)
             lots += levels[2 * side + 1, i]
         away[side], size[side] = total / lots, lots
     return 1e4 * (away[1] * size[0] - away[0] * size[1]) / (size[0] + size[1]) / mid_2

@@ -42,9 +42,9 @@ def mean_distance(
     mid_2: int,  # The doubled mid, half ticks
 ) -> float:  # Size-weighted mean distance from the mid, ticks, >= 0
     "Measure how far away the size of one side lies"
-    weighted, total = 0, 0
+    weighted, total = 0.0, 0  # a product of two large whole numbers may not fit into one
     for i in range(levels):
-        weighted += lots[i] * abs(2 * ticks[i] - mid_2)
+        weighted += float(lots[i]) * abs(2 * ticks[i] - mid_2)
         total += lots[i]
     return 0.5 * weighted / total
 

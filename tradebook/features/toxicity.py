@@ -134,7 +134,8 @@ def emit_toxicity(
     mid_2 = total_at(core[:, MID], beat)
     n, lots = since(core[:, TRADES], beat, lag), since(core[:, VOLUME], beat, lag)
     x[at] = 1e4 * slope[0] / slope[1] * typical_lots / mid_2 if slope[1] > 0 else 0.0
-    move = 1e4 * since(ring[:, ABSOLUTE], beat, lag) / lag / mid_2
+    moves = min(lag, seen - per_second + 1)  # the first second after a hole has none
+    move = 1e4 * since(ring[:, ABSOLUTE], beat, lag) / moves / mid_2
     x[at + 1] = move / (lots * per_second / lag / typical_lots) if lots > 0 else 0.0
     x[at + 2], x[at + 3] = vpin(bucket), min(1e-9 * bucket[TOOK], 300.0)
     x[at + 4] = imbalance(since(ring[:, BUYS], beat, lag), since(ring[:, SELLS], beat, lag))
