@@ -21,7 +21,7 @@ from tradebook.market.synthetic import synthetic_market
 from tradebook.ops.cli import app
 from tradebook.ops.renewal import renew
 from tradebook.ops.spreading import retrain_spread
-from tradebook.training.registry import Registry
+from tradebook.training.registry import Registry, symbol_key
 
 N_MARKETS = 4
 
@@ -145,3 +145,37 @@ def test_a_renewal_at_an_address_without_a_cluster_leaves_the_queue_alone(roots)
     assert code == 2 and "localhost:8786" in found["error"]
     with Journal(roots[0] / "journal.db") as journal:
         assert [(r["state"], r["attempts"]) for r in journal.queue()] == [("waiting", 0)]
+
+
+KEY = symbol_key("synthetic", "SYN/USDT:USDT")
+
+
+def test_one_model_of_a_whole_cluster_is_a_version_like_any_other(cluster, tmp_path):
+    market = synthetic_market(seed=5, duration_s=1_200)
+    root = tmp_path / "data"
+    Store(root / "market").write(market.events, market.instrument, "made")
+    train = ("train", "--data", root, "--one-model")
+    for more in ("labels.horizon_s=5", "training.rounds=8", "training.folds=2"):
+        train += ("--set", more)
+    no_cluster, both = verb(*train), verb(*train, "--every", "--dask", "tcp://127.0.0.1:1")
+    assert (
+        no_cluster[0] and "needs a cluster: tradebook train --one-model" in no_cluster[1]["error"]
+    )
+    assert both[0] and "drop --every and --workers" in both[1]["error"]
+    stopping = verb(*train, "--set", "training.patience=20", "--dask", "tcp://127.0.0.1:1")
+    assert stopping[0] and "training.patience must be 0" in stopping[1]["error"]
+    code, told = verb("retrain", "--data", root, "--set", "training.is_one_model=true")
+    assert code and "must be false for retrain" in told["error"]
+    assert not (root / "models").exists()
+
+    address = cluster.ready(2)
+    code, told = verb(*train, "--dask", address)
+    assert code == 0, told
+    version = Registry(root / "models").current(KEY)
+    assert version.version == told["version"] and version.facts["note"]["n_workers"] == 2
+    assert version.facts["settings"]["training"]["is_one_model"]
+    assert "[num_machines: 2]" in version.texts()[0] and told["metrics"]["auc"]["value"] > 0.5
+    here = verb("train", "--data", root, *train[4:], "--set", "training.patience=0")[1]
+    assert abs(here["auc"] - told["auc"]) < 0.1 and here["n_test"] == told["n_test"]
+    alone = Registry(root / "models").load(KEY, here["version"])
+    assert "[num_machines: 1]" in alone.texts()[0] and "n_workers" not in alone.facts["note"]

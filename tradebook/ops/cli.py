@@ -24,6 +24,7 @@ from tradebook.ops.options import (
     From,
     Json,
     Meta,
+    OneModel,
     Root,
     Sets,
     Symbol,
@@ -141,6 +142,7 @@ def train(
     is_every: Annotated[bool, typer.Option("--every", help="Train all markets that fit.")] = False,
     tune: Tune = None,
     is_meta: Meta = False,
+    is_one: OneModel = False,
     workers: Workers = None,
     dask: Dask = "",
     root: Root = None,
@@ -150,17 +152,25 @@ def train(
     "Train a model on what is in the store; it takes over if none is in force, or if it wins."
     from tradebook.ops.compete import train_and_compete
     from tradebook.ops.many import many_answer, stored_markets, train_many, trained_lines
+    from tradebook.training.together import need_cluster
 
-    settings = read_settings(fit_changes(changes, tune, is_meta), root)
+    settings = read_settings(fit_changes(changes, tune, is_meta, is_one), root)
+    is_one = settings.training.is_one_model
+    if is_one and (is_every or workers is not None):
+        raise SettingsError(
+            "--one-model trains one market on a cluster; drop --every and --workers"
+        )
+    need_cluster(settings, dask)
     with shown(is_json) as stages:
-        if is_every or dask or workers is not None:
+        if not is_one and (is_every or dask or workers is not None):
             markets = stored_markets(settings, venue, symbol)
             with stages.stage("train") as stage:
                 given = (span(start, stop), workers, dask, stage.update)
                 found, text = many_answer(train_many(settings, markets, *given))
             return Answer(found, text, 0 if found["ok"] else 1)
         market = chosen_market(settings, venue, symbol)
-        found = train_and_compete(settings, *market, *span(start, stop), stages)
+        given = (*market, *span(start, stop), stages)
+        found = train_and_compete(settings, *given, dask=dask)
     place = "in force" if found["is_promoted"] else "registered, not in force"
     told = f"{place}: {', '.join(found['reasons'])}\nNext: tradebook models show latest."
     lines = f"{value_lines(found)}\n{trained_lines(found)}\n{told}"

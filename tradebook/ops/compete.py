@@ -135,6 +135,7 @@ def train_and_compete(
     stop_ns: int | None = None,  # End, exclusive, ns UTC; None: the end
     stages: Stages | None = None,  # Shown and timed
     who: str = "tradebook train",  # Who asked
+    dask: str = "",  # Address of a Dask scheduler, for training.is_one_model
 ) -> dict:  # As from `train_symbol`, with is_promoted and reasons
     "Train a model, and put it in force if nobody is or if it wins"
     registry, key = Registry(settings.path("data") / "models"), symbol_key(venue, symbol)
@@ -142,7 +143,7 @@ def train_and_compete(
     ends = [int(r["end_ns"]) for r in rows if (r["venue"], r["symbol"]) == (venue, symbol)]
     champion = find_champion(settings, venue, symbol, max(ends, default=0))
     asked = (settings, venue, symbol, start_ns, stop_ns, stages)
-    found = train_symbol(*asked, is_promoted=champion.rival is None)
+    found = train_symbol(*asked, is_promoted=champion.rival is None, dask=dask)
     if champion.rival is None:
         reasons = champion.reasons or (Reason.NO_CHAMPION,)
         reasons += () if found["move_slope_bps"] > 0 else (Reason.NO_EDGE,)

@@ -48,6 +48,7 @@ from ..training.prediction import Predictor, least_confidence
 from ..training.publish import publish
 from ..training.reasons import Reasons
 from ..training.registry import ModelVersion, Registry, symbol_key
+from ..training.together import cluster_facts, fitter_on, need_cluster
 from tradebook.training.trials import (
     Record,
     forecast_record,
@@ -161,11 +162,13 @@ def build_training_set(
     start_ns: int | None,  # First moment, ns UTC; None: the beginning
     stop_ns: int | None,  # End, exclusive: nothing from there on counts; None: the end
     stages: Stages,  # Features and labels are a stage each
+    dask: str = "",  # Address of a Dask scheduler whose workers make what is missing
 ) -> TrainingSet:  # Features and labels
     "Find features and labels of a stretch of the store, or make what is missing of them"
     root = settings.path("data")
     asked = training_request(settings, venue, symbol, start_ns, stop_ns)
-    built = build_dataset(root / "market", root / "datasets", asked, stages=stages.stage)
+    places = root / "market", root / "datasets"
+    built = build_dataset(*places, asked, stages=stages.stage, dask=dask)
     data = load_dataset(root / "datasets", built.id, asked.features, asked.labels)
     rebuilt, (market,) = rebuild_first(root, asked, len(data)), data.manifest["markets"]
     return TrainingSet(data.features, data.labels, market["n_events"], rebuilt, built.id)
@@ -221,22 +224,26 @@ def make_version(
     stages: Stages | None = None,  # Features, labels and train are a stage each
     is_promoted: bool = True,  # False: register it, leave the model in force alone
     note: str = "",  # Goes into the journal
+    dask: str = "",  # Address of a Dask scheduler, for training.is_one_model
 ) -> Made:  # The job is journaled, also when it fails
     "Train a model on a stretch of the store and publish it"
+    need_cluster(settings, dask)
     stages, root = stages or Stages(is_shown=False), settings.path("data")
     with Journal(root / "journal.db") as journal:
         run_id = start_run(journal, "training", settings, *market, note=note)
         try:
-            made = build_training_set(settings, *market, *span, stages)
+            made = build_training_set(settings, *market, *span, stages, dask)
             x, labels = made.features.x, made.labels
             with stages.stage("train") as stage:
-                given = stage.update, [made.rebuilt], study_file(settings, *market)
+                fitter = fitter_on(settings, root / "datasets", made.dataset, dask)
+                given = stage.update, [made.rebuilt], study_file(settings, *market), fitter
                 model = fit_checked(made.features, labels, settings, *given)
                 stage.rows = model.metrics["n_train"]
             with stages.stage("opponents"):
                 model = with_opponents(model, x, labels, settings)
             said = {"n_events": made.n_events, "venue": market[0], "symbol": market[1]}
             said |= {"dataset": made.dataset, "normal": normal_facts(x, labels, model)}
+            said |= cluster_facts(settings, dask)
             dossier = dossier_of(settings, journal, market, span, model)
             where = root / "models", symbol_key(*market), WallClock().now_ns(), said
             version = publish(model, *where, is_promoted, dossier)
@@ -259,10 +266,11 @@ def train_symbol(
     stop_ns: int | None = None,  # End, exclusive, ns UTC; None: the end
     stages: Stages | None = None,  # Features, labels and train are a stage each
     is_promoted: bool = True,  # False: register it, leave the model in force alone
+    dask: str = "",  # Address of a Dask scheduler, for training.is_one_model
 ) -> dict:  # As from `model_facts`, with honesty
     "Train a model on a stretch of the store and publish it"
     given = (venue, symbol), (start_ns, stop_ns), stages, is_promoted
-    return make_version(settings, *given).facts
+    return make_version(settings, *given, dask=dask).facts
 
 # %% ../../nbs/ops/05_pipeline.ipynb #8a7eb348
 @dataclass(frozen=True)

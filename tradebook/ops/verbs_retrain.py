@@ -10,7 +10,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from ..base.errors import DataError
+from ..base.errors import DataError, SettingsError
 from .answers import Answer, guarded
 from tradebook.ops.options import (
     Dask,
@@ -88,6 +88,9 @@ def retrain(
     from tradebook.trader.states import choose_market
 
     settings = read_settings(fit_changes(changes, tune, is_meta), root)
+    if settings.training.is_one_model:
+        told = "tradebook train --one-model --dask tcp://host:8786 fits on a cluster"
+        raise SettingsError(f"training.is_one_model must be false for retrain, was true; {told}")
     place, now = settings.path("data"), WallClock().now_ns()
     store, only = Store(place / "market"), None
     if not store.listing():

@@ -7,6 +7,7 @@ __all__ = ['holders', 'hung_up_when_gone', 'fit_on_cluster', 'named']
 
 # %% ../../nbs/training/46_one_big_model.ipynb #d425476a
 import asyncio
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -57,7 +58,9 @@ def hung_up_when_gone(
 def _one_try(client, held, read, parts, n_rows, n_columns, learner) -> str:
     "Read, fit, and give the forest as text"
     import dask.array as array
-    from lightgbm import DaskLGBMRegressor
+    from lightgbm import DaskLGBMRegressor, register_logger
+
+    register_logger(_quiet())
 
     distributed = require("distributed", "dask")
     reading = [
@@ -87,6 +90,13 @@ def _one_try(client, held, read, parts, n_rows, n_columns, learner) -> str:
         model = DaskLGBMRegressor(client=client, n_estimators=rounds, time_out=2, **given)
         model.fit(array.concatenate(x), array.concatenate(y))
     return model.booster_.model_to_string()
+
+
+def _quiet() -> logging.Logger:
+    "Keep what LightGBM says of ports and threads away from the output of a verb"
+    log = logging.getLogger("tradebook.lightgbm")
+    log.setLevel(logging.ERROR)
+    return log
 
 
 _SAME = "they must see the same folders by the same names"
