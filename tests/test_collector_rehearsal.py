@@ -551,8 +551,9 @@ def test_a_full_disk_leaves_whole_segments_and_recording_goes_on_by_itself(tmp_p
             except OSError:
                 pass
         await story.until(lambda: story.session.recorders[0].blocked == "DISK_FULL", what="full")
-        await story.until(lambda: story.tally(BTC, "BACKPRESSURE"), what="heard by the feed")
-        await asyncio.sleep(0.5)
+        await story.until(lambda: story.tally(BTC, "DISK_FULL"), what="heard by the feed")
+        await asyncio.sleep(2.5)  # longer than a stream may be silent, and twice as long as a step
+        assert not story.tally(BTC, "WS_SILENT") and not story.tally(BTC, "resubscribe")
         filler.unlink()
         await story.until(story.session.recorders[0].has_room, what="room")
         await story.until(

@@ -129,7 +129,7 @@ def tick(self: Feed):
         elif now - since > NO_BOOK_S * NS_PER_S:
             dead.setdefault(symbol, ("SNAPSHOT_FAILED", f"no book for {(now - since) / 1e9:.0f} s"))
     for symbol in self.ids:
-        if symbol not in self.refused:
+        if symbol not in self.refused and symbol not in self.torn:
             self._act(symbol, *dead.get(symbol, ("", "")), now)
     if self.torn and self.sink.has_room():
         torn, self.torn = self.torn, set()

@@ -184,7 +184,8 @@ def _deliver(self: Intake, symbol, rows):
     if backoff.n_failures:
         backoff.succeed()
     if not self.sink.events(symbol, rows):
-        self.tear(symbol, f"{len(rows)} rows did not fit into the recorder's queue")
+        code = getattr(self.sink, "blocked", "") or Incident.BACKPRESSURE
+        self.tear(symbol, f"{len(rows)} rows were not taken by the recorder", code)
 
 
 @patch

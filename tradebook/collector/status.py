@@ -44,6 +44,12 @@ def _number(value, form: str) -> str:
     return "–" if value is None else format(value, form)
 
 
+def _room(n_bytes: int) -> str:
+    "Write what a disk has left"
+    unit, name = (2**30, "GiB") if n_bytes >= 2**30 else (2**20, "MiB")
+    return f"{n_bytes / unit:.1f} {name}"
+
+
 def _symbol_line(symbol, row) -> str:
     "One symbol in a line"
     age = "–" if row["book_age_s"] is None else f"{row['book_age_s']:.1f} s"
@@ -79,7 +85,7 @@ def status_lines(
         full = f", {one['blocked']}: nothing is taken in" if one["blocked"] else ""
         lines.append(
             f"recorded {one['n_events']:,} events, dropped {one['n_events_dropped']:,}, waiting "
-            f"{one['queue_bytes'] / 1e6:.1f} MB, disk left {one['disk_free_bytes'] / 2**30:.1f} GiB{full}"
+            f"{one['queue_bytes'] / 1e6:.1f} MB, disk left {_room(one['disk_free_bytes'])}{full}"
         )
     return lines
 
