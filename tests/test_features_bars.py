@@ -357,14 +357,14 @@ def test_a_gap_event_reaches_the_bars(market):
     assert frame.marks[0, 1] == 0
 
 
-@pytest.mark.parametrize("name", ["lead_lag", "basis", "default+lead", "trend_1m+funding"])
+@pytest.mark.parametrize("name", ["lead_lag", "carry", "default+lead", "trend_1m+funding"])
 def test_sets_of_several_markets_are_refused_by_name_at_the_start(home, name):
     folder, of = home
     chosen = load_settings(
         environment={}, overrides={"paths.data": str(folder), "features.set": name}
     )
     for use in (trade_paper, backtest_symbol, train_symbol):
-        with pytest.raises(SettingsError, match="feeds of several markets"):
+        with pytest.raises(SettingsError, match="several feeds|second market|features.leader"):
             use(chosen, of.venue, of.symbol)
 
 

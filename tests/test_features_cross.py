@@ -27,7 +27,7 @@ from tradebook.market.worlds import make_world
 
 BEGIN = 1_735_689_600 * 10**9  # 2025-01-01, midnight
 SECOND = 10**9
-SETS = ("lead_lag", "basis", "lead_lag_hourly")
+SETS = ("lead_lag", "carry", "lead_lag_hourly")
 
 
 def made_streams(
@@ -152,7 +152,7 @@ def test_lag_columns_equal_their_definition():
 def test_each_column_speaks_exactly_after_its_warm_up(name):
     features = feature_set(name)
     streams = made_streams(features, 6, 700.0)
-    if name == "basis":
+    if name == "carry":
         streams = {r: streams[r] for r in ("own", "spot")}
         features = features.only("basis_bps", "basis_change_60s_bps", "basis_score_300s")
     made = build_cross(streams, features)
@@ -167,9 +167,9 @@ def test_each_column_speaks_exactly_after_its_warm_up(name):
 
 @pytest.mark.parametrize("role", ["own", "spot"])
 def test_no_window_crosses_a_hole(role):
-    features = feature_set("basis", 1_000).only("basis_change_60s_bps", "basis_score_300s")
+    features = feature_set("carry", 1_000).only("basis_change_60s_bps", "basis_score_300s")
     at = BEGIN + 500 * SECOND
-    streams = made_streams(feature_set("basis"), 5, 1_200.0)
+    streams = made_streams(feature_set("carry"), 5, 1_200.0)
     streams = {r: streams[r] for r in ("own", "spot")}
     streams[role] = replace(streams[role], hole_ends=np.array([at]))
     made = build_cross(streams, features)
@@ -247,9 +247,9 @@ def test_nothing_is_found_where_nothing_was_planted(seed):
 def test_in_the_mirror_signed_columns_turn():
     for name in SETS:
         features = feature_set(name)
-        if name == "basis":
+        if name == "carry":
             features = features.only("basis_bps", "basis_change_60s_bps", "basis_score_300s")
-        streams = made_streams(features, 4, 700.0, n_holes=0 if name == "basis" else 2)
+        streams = made_streams(features, 4, 700.0, n_holes=0 if name == "carry" else 2)
         turned = {r: replace(s, value=1e4 / s.value) for r, s in streams.items()}
         a, b = build_cross(streams, features), build_cross(turned, features)
         for k, f in enumerate(features.features):
@@ -268,7 +268,7 @@ def test_a_rate_is_not_known_before_it_was_told():
     table["ts_payment"] = BEGIN + eight * np.arange(6)
     table["ts_known"] = table["ts_payment"] - 90 * SECOND
     table["rate"], table["is_certain"] = 1e-4 * np.arange(1, 7), True
-    features = feature_set("basis", 60_000)
+    features = feature_set("carry", 60_000)
     features = features.only("funding_rate_bps", "funding_day_bps", "to_funding_s")
     made = build_cross(funding_streams(table), features)
     changes = made.ts[1:][np.diff(made.column("funding_rate_bps")) != 0]
@@ -319,7 +319,7 @@ def test_recorded_funding_and_candles_do_not_see_the_future(recordings):
     folder = recordings / "candles/binance_usdm"
     stem = "binance__futures__BTC_USDT_USDT-"
     told = read_funding(folder / f"{stem}8h-funding_rate.feather").funding
-    features = feature_set("basis", 60_000).only("funding_rate_bps", "funding_day_bps")
+    features = feature_set("carry", 60_000).only("funding_rate_bps", "funding_day_bps")
     full = build_cross(funding_streams(told), features)
     other = told.copy()
     other["rate"][100:] = 0.5
@@ -433,8 +433,8 @@ def test_a_price_that_is_none_breaks_and_does_not_spread(bad):
 
 
 def test_another_coin_as_spot_does_not_overflow():
-    features = feature_set("basis").only("basis_bps", "basis_change_60s_bps", "basis_score_300s")
-    streams = made_streams(feature_set("basis"), 2, 700.0)
+    features = feature_set("carry").only("basis_bps", "basis_change_60s_bps", "basis_score_300s")
+    streams = made_streams(feature_set("carry"), 2, 700.0)
     wrong = replace(streams["spot"], value=streams["spot"].value * 1e6)
     made = build_cross({"own": streams["own"], "spot": wrong}, features)
     assert made.x[-1].tolist() == [pytest.approx(-1e4 * 2**25 / 1e8), 0.0, 0.0]

@@ -13,7 +13,7 @@ from numba import njit
 from ..base.clock import NS_PER_MS, NS_PER_S
 from ..base.errors import DataError, nearest
 from .leads import basis_columns, gap_columns, lag_columns
-from .pairs import new_pair, pair_beat
+from .pairs import log_units, new_pair, pair_beat
 from .schema import FeatureSet, feature_set, need_source
 from tradebook.features.slow_columns import (
     BASIS_CHANGE_S,
@@ -100,9 +100,9 @@ def run_cross(
     for i in range(len(times)):
         v, h, t = values[i], holes[i], times[i] - steps[2]
         if groups & ON_LEAD:
-            pair_beat(lead, v[0], v[1], h[0], h[1])
+            pair_beat(lead, log_units(v[0]), log_units(v[1]), h[0], h[1])
         if groups & ON_BASIS:
-            pair_beat(basis, v[0], v[2], h[0], h[2])
+            pair_beat(basis, log_units(v[0]), log_units(v[2]), h[0], h[2])
         if t % steps[1] != 0:
             continue
         ts[rows], at = times[i], 0

@@ -18,15 +18,17 @@ from ..base.errors import DataError
 # %% ../../nbs/features/36_pairs.ipynb #b6a99af3
 UNITS = 1e8  # of a logarithm in 1: a unit is a ten-thousandth of a basis point
 UNIT_BPS = 1e4 / UNITS
-UNKNOWN = -(2**62)  # a move or a basis that is not known
+UNKNOWN = -(2**62)  # a logarithm or a move that is not known
 BIGGEST_UNITS = 2**25  # moves are cut there, at 40 %, so that 3,000 squares fit into 64 bits
 
 
 @njit(cache=True, nogil=True, no_cfunc_wrapper=True)
 def log_units(
-    price: float,  # Above 0
-) -> int:  # Its logarithm, in units of 1e-8, rounded
+    price: float,  # Any; not above 0, infinite or NaN: there is none
+) -> int:  # Its logarithm, in units of 1e-8, rounded; UNKNOWN without a price
     "Count a logarithm in whole units"
+    if not price > 0 or price == np.inf:
+        return UNKNOWN
     return math.floor(UNITS * math.log(price) + 0.5)
 
 # %% ../../nbs/features/36_pairs.ipynb #6f8fd143
@@ -63,15 +65,14 @@ def new_pair(
 
 # %% ../../nbs/features/36_pairs.ipynb #c5024e27
 @njit(cache=True, nogil=True, no_cfunc_wrapper=True)
-def _take_price(state, s, price, holes):
-    "Note one market's price; its move since the last beat, or UNKNOWN"
+def _take_log(state, s, now, holes):
+    "Note one market's logarithm; its move since the last beat, or UNKNOWN"
     marks, n = state.marks, state.marks[BEAT]
     is_same, since = holes == marks[HOLES + s], marks[SINCE + s]
     marks[HOLES + s] = holes
-    if not price > 0 or price == np.inf:
+    if now == UNKNOWN:
         marks[SINCE + s] = -1
         return UNKNOWN
-    now = log_units(price)
     state.logs[n % RING, s] = now
     if not is_same or since < 0:
         marks[SINCE + s] = 0
@@ -118,8 +119,8 @@ def _weigh_basis(state, n, sign):
 @njit(cache=True, nogil=True, no_cfunc_wrapper=True)
 def pair_beat(
     state: PairState,  # Changed in place
-    own_price: float,  # Price of the own market as known now; NaN unknown
-    other_price: float,  # Of the other market
+    own_log: int,  # Logarithm of the own price as known now, units; UNKNOWN where it is not
+    other_log: int,  # Of the other market
     own_holes: int,  # Holes in the own stream until now
     other_holes: int,  # In the other one
 ) -> None:
@@ -127,8 +128,8 @@ def pair_beat(
     marks = state.marks
     marks[BEAT] += 1
     n, before = marks[BEAT], min(marks[SINCE + OWN], marks[SINCE + OTHER])
-    own = _take_price(state, OWN, own_price, own_holes)
-    other = _take_price(state, OTHER, other_price, other_holes)
+    own = _take_log(state, OWN, own_log, own_holes)
+    other = _take_log(state, OTHER, other_log, other_holes)
     _weigh(state, n - state.window, -1)
     state.moves[n % RING, OWN], state.moves[n % RING, OTHER] = own, other
     _weigh(state, n, 1)

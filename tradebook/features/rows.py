@@ -18,6 +18,7 @@ from .bars import N_ENDED
 from .beside import BarColumns
 from .desk import new_desk
 from .kernel import ROW, advance, join_formulas, new_state, run
+from .leader import KIND_BESIDE
 from .schema import FeatureSet, feature_set, need_source
 from ..market.book import BOOK_LOCKED, new_book
 from ..market.events import EVENT, message_starts
@@ -89,7 +90,10 @@ MAX_ROWS = 20_000_000  # 7 GB of features; a longer stretch must be built in pie
 
 def _n_rows(events, features):
     "Count the grid times from the first to the last event"
-    first, last = int(events["ts_recv"][0]), int(events["ts_recv"][-1])
+    is_own = events["kind"] != KIND_BESIDE  # the own market starts the clock
+    if not is_own.any():
+        return 0
+    first, last = int(events["ts_recv"][is_own.argmax()]), int(events["ts_recv"][-1])
     step = features.interval_ms * 1_000_000
     n = last // step - -(-first // step) + 1
     if n > MAX_ROWS:

@@ -6,7 +6,7 @@
 __all__ = ['FRAMES', 'RETURN_BARS', 'EMA_BARS', 'MULTIPLE_EMA_BARS', 'MACD_BARS', 'STRENGTH_BARS', 'BAND_BARS', 'BAND_WIDTH',
            'N_TREND', 'EMD_BARS', 'EMD_WAVES', 'EMD_FRAME', 'EMD_TREND_BARS', 'CROSS_BEAT_MS', 'LEAD_S', 'LEAD_1H',
            'BASIS_CHANGE_S', 'BASIS_SCORE_S', 'SLOW_FAMILIES', 'SLOW_PARAMETERS', 'LEAST_KNOWN', 'BAR_PARAMETERS',
-           'SlowFeature', 'frame_columns', 'BarFeature', 'bar_columns']
+           'LEADER_PARAMETERS', 'SlowFeature', 'frame_columns', 'BarFeature', 'bar_columns']
 
 # %% ../../nbs/features/30_slow_columns.ipynb #06e047cf
 from dataclasses import dataclass, fields
@@ -121,19 +121,19 @@ def _lead(windows, unit_s, unit, window):
         (f"lead_share_{window}{unit}", "ratio", False, "Leader before (+), after (-)", window),
     ]
     return tuple(
-        SlowFeature(name, kind, signed, text, "Huth 2014", w * unit_s, "", kind == "bps",
+        SlowFeature(name, kind, signed, text, "Huth 2014", w * unit_s, "", True, "near",
                     settles_s=w * unit_s, is_bridging=name.startswith("lead_"))
         for name, kind, signed, text, w in names
     )  # fmt: skip
 
 
 _BASIS = (
-    SlowFeature("basis_bps", "bps", True, "Own over spot", "definition", 0, "", True,
-                settles_s=0),
+    SlowFeature("basis_bps", "bps", True, "Own price over the other", "definition", 0, "", True,
+                "near", settles_s=0),
     SlowFeature("basis_change_60s_bps", "bps", True, "Its move", "definition", BASIS_CHANGE_S, "",
-                True, settles_s=BASIS_CHANGE_S),
+                True, "near", settles_s=BASIS_CHANGE_S),
     SlowFeature("basis_score_300s", "ratio", True, "Its distance from its mean", "definition",
-                BASIS_SCORE_S, "", True, settles_s=BASIS_SCORE_S),
+                BASIS_SCORE_S, "", True, "near", settles_s=BASIS_SCORE_S),
 )  # fmt: skip
 _FUNDING = (
     SlowFeature("funding_rate_bps", "bps", True, "Last rate known", "definition", settles_s=0),
@@ -189,3 +189,6 @@ def bar_columns(
     values = [{x.name: getattr(f, x.name) for x in fields(f)} for f in SLOW_FAMILIES[group]]
     more = [{"is_bridging": True, "settles_s": one["settles_s"] + bar_s} for one in values]
     return tuple(BarFeature(**one | new) for one, new in zip(values, more, strict=True))
+
+# %% ../../nbs/features/30_slow_columns.ipynb #2045b360
+LEADER_PARAMETERS = {"tolerance_ms": 5000, "formulas": 1}  # older prices of the leader are unknown
