@@ -16,8 +16,7 @@ def options(doc, **defaults):
     "Read the command line: --json, --rounds, and one option for each named default"
     parser = argparse.ArgumentParser(description=doc.strip().splitlines()[0])
     parser.add_argument("--json", action="store_true", help="one JSON object a row")
-    parser.add_argument("--rounds", type=int, default=7, help="runs of each case")
-    for name, value in defaults.items():
+    for name, value in {"rounds": 7, **defaults}.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     return parser.parse_args()
 
