@@ -259,12 +259,11 @@ def follow(self: Kraken, socket, is_wanted: bool, pair: str, what: dict, mark: d
 
     try:
         topic = kraken_topic(what, pair)
-        if is_wanted and ("spot", topic) in socket.topics:
-            raise DataError(f"Already subscribed {pair}")
         if is_wanted:
+            socket.topics.pop(("spot", topic), None)
             self.subscribe(socket, "spot", [topic], partial(told, topic, "subscribed"))
         elif socket.topics.pop(("spot", topic), None) is None:
-            raise DataError(f"Subscription Not Found {pair}")
+            raise DataError("Subscription Not Found")
         else:
             told(topic, "unsubscribed")
     except DataError as error:
