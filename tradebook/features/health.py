@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['QUANTILES', 'NEVER_ROWS', 'longest_runs', 'TrainingRange', 'range_of', 'training_range', 'range_record', 'range_from',
            'HealthState', 'take_row', 'HealthBounds', 'HealthFinding', 'FeatureHealth', 'table_of', 'findings_of',
-           'count_dead', 'death_text']
+           'health_record', 'count_dead', 'death_text']
 
 # %% ../../nbs/features/28_health.ipynb #50e52c16
 import math
@@ -242,6 +242,25 @@ def findings_of(
 
 
 FeatureHealth.table, FeatureHealth.findings = table_of, findings_of
+
+# %% ../../nbs/features/28_health.ipynb #3e90bd18
+def health_record(
+    self: FeatureHealth,
+    now_ns: int,  # Time now, ns UTC
+) -> list[dict]:  # As from `table`, with low, high and ill: a code, "" in health; JSON-able
+    "Turn the state of every column into plain values"
+    ills, rows = {f.feature: f.code for f in self.findings(now_ns)}, []
+    for k, row in enumerate(self.table(now_ns)):
+        row |= {"low": float(self.low[k]), "high": float(self.high[k])}
+        plain = {
+            name: None if isinstance(v, float) and not math.isfinite(v) else v
+            for name, v in row.items()
+        }
+        rows.append(plain | {"ill": ills.get(row["feature"], "")})
+    return rows
+
+
+FeatureHealth.record = health_record
 
 # %% ../../nbs/features/28_health.ipynb #a432ef88
 @njit(cache=True, nogil=True)

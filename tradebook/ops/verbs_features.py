@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SetName', 'features_app', 'MOST_MINUTES', 'PLANTS', 'chosen_set', 'column_record', 'features_list', 'events_to_check',
-           'checks_answer', 'own_columns', 'planted', 'features_check']
+           'checks_answer', 'own_columns', 'planted', 'features_check', 'features_health']
 
 # %% ../../nbs/ops/22_verbs_features.ipynb #41aad8bc
 import math
@@ -261,3 +261,52 @@ def features_check(
     facts = {"set": features.name, "hash": features.hash, "columns": len(features)}
     where += f", with a fault planted in {spoilt}: {PLANTS[plant][0]}" if spoilt else ""
     return checks_answer(found, {**facts, "market": where, "events": len(events)})
+
+# %% ../../nbs/ops/22_verbs_features.ipynb #89bb1fbf
+_AT_REST = ("last", "known", "moved", "unknown", "still", "outside", "allowed")
+
+
+def _health_line(row: dict[str, Any]) -> dict[str, str]:
+    "Write the state of one column"
+    number = lambda v: "-" if v is None else f"{v:.4g}"  # noqa: E731
+    ages = f"{row['known_age_s']:,.0f} s", f"{row['moved_age_s']:,.0f} s"
+    shares = f"{row['unknown_share']:.1%}", f"{row['run_rows']:,}", f"{row['outside_share']:.1%}"
+    ends = f"{number(row['low'])} to {number(row['high'])}"
+    cells = number(row["last"]), *ages, *shares, ends
+    named = dict(zip(_AT_REST, cells, strict=True))
+    return {"column": row["feature"], **named, "ill": row["ill"]}
+
+
+@features_app.command("health")
+@guarded
+def features_health(
+    run: Annotated[str, typer.Option(metavar="ID", help="Run; the latest by default.")] = "",
+    root: Root = None,
+    changes: Sets = None,
+    is_json: Json = False,
+) -> Answer:
+    "Show the state of every column when a session ended; ends with 6 when one is ill."
+    import json
+
+    from tradebook.base.journal import Journal
+    from tradebook.ops.evidence import find_run
+
+    place = read_settings(changes, root).path("data")
+    if not (place / "journal.db").is_file():
+        raise DataError(f"there is no journal.db in {place}; no run was recorded there")
+    with Journal(place / "journal.db") as journal:
+        found = find_run(journal, run, ("paper",))
+    summary = found["summary"] or {}
+    summary = json.loads(summary) if isinstance(summary, str) else summary
+    rows = summary.get("features")
+    if not rows:
+        text = "it has not ended, traded without a model, or the model does not say what is normal"
+        raise DataError(f"run {found['run_id']} holds no state of its columns: {text}")
+    ill = [row["feature"] for row in rows if row["ill"]]
+    code = FAILED if ill else 0
+    head = f"Run {found['run_id']}: {found['symbol']} on {found['venue']}, {len(rows)} columns, "
+    head += f"{len(ill)} ill" if ill else "all in health"
+    data = {"ok": not ill, "code": code, "run": found["run_id"], "ill": ill, "columns": rows}
+    return Answer(
+        data, f"{head}\n\n{columns_text([_health_line(r) for r in rows], _AT_REST)}", code
+    )

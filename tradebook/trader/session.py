@@ -205,6 +205,12 @@ def ask_for_model(
     return bool(reason) and journal.want_training(venue, symbol, reason, now_ns, model.detail)
 
 # %% ../../nbs/trader/04_session.ipynb #5084f7ce
+def _health(trader) -> dict[str, Any]:
+    "The state of every column, for the record of the run; empty where no model says what is normal"
+    health = trader.watch.health if trader.watch else None
+    return {"features": health.record(trader.ts)} if health else {}
+
+
 def _trade(journal, run_id, settings, found, tell) -> dict[str, Any]:
     "Trade until the feed ends, and record how it ended"
     feed, model = found["feed"], found["model"]
@@ -224,12 +230,12 @@ def _trade(journal, run_id, settings, found, tell) -> dict[str, Any]:
             feed.events, feed, lambda done, total: tell("progress", done=done, total=total)
         )
     except KeyboardInterrupt:
-        journal.finish_run(run_id, "stopped", trader.summary())
+        journal.finish_run(run_id, "stopped", {**trader.summary(), **_health(trader)})
         raise
     except Exception as error:
         _record_failure(journal, run_id, error)
         raise
-    journal.finish_run(run_id, "ok", summary)
+    journal.finish_run(run_id, "ok", {**summary, **_health(trader)})
     version = model.predictor.model.version if model.predictor else None
     block = str(model.block) if model.block else None
     made = {"run_id": run_id, "model_version": version, "block": block, "detail": model.detail}
