@@ -70,6 +70,7 @@ class Features(Section):
     "Which features are computed, and how often"
 
     set: str = _key("default", "Feature set, or several with + between.", min_length=1)
+    leader: str = _key("", "Second market of +lead and +basis, such as binance:BTC/USDT.")
     interval_ms: int = _key(1000, "Time between rows, milliseconds.", ge=10, le=1_800_000)
     max_age_ms: int = _key(2000, "Oldest book a row may describe, milliseconds.", gt=0)
 

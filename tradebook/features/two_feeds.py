@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from ..base.clock import utc_text
-from ..base.errors import DataError, SettingsError
+from ..base.errors import DataError
 from .leader import replay_leader
 from .schema import FeatureSet, leader_of
 from ..market.book import new_book
@@ -76,7 +76,7 @@ def need_leader(
         return None
     if leader == (venue, symbol):
         text = f"features.leader must be another market than the own one, was {':'.join(leader)}"
-        raise SettingsError(f"{text}; leave {symbol} out, or choose a set without a leader for it")
+        raise DataError(f"{text}; leave {symbol} out, or choose a set without a leader for it")
     parts, name = store.parts(*leader), " ".join(leader)
     text = f"features.leader {name} must be in the store for {venue} {symbol}"
     if not parts:
@@ -129,13 +129,13 @@ def read_beside(
     features: FeatureSet,  # Any set of events
     start_ns: int,  # First moment, ns UTC
     stop_ns: int,  # End, exclusive, ns UTC
-    feed: LeaderFeed | None = None,  # The leader's, as it stands at the start; None: a new one
+    feed: LeaderFeed | None = None,  # The leader's; None: a new one
+    back_ns: int = DAY_NS,  # How much earlier its book is read from, ns; 0: it goes on from there
 ) -> Iterator[np.ndarray]:  # Rows of EVENT, piece by piece; without a leader the own ones as stored
     "Read a stored market with the leader that a set needs"
     own = store.groups(venue, symbol, start_ns, stop_ns)
     if leader_of(features) is None:
         yield from own
         return
-    back_ns = DAY_NS if feed is None else 0
     feed = feed or leader_feed(store, store.instrument(venue, symbol), features)
     yield from beside(own, leader_rows(store, features, feed, start_ns, stop_ns, back_ns))

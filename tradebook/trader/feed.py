@@ -12,6 +12,8 @@ import numpy as np
 
 from ..base.clock import utc_text
 from ..base.errors import DataError
+from ..features.schema import FeatureSet
+from ..features.two_feeds import leader_feed, leader_rows, need_leader
 from ..market.book import apply_events, is_valid, level_count, new_book, top_side
 from tradebook.market.events import (
     FLAG_LAST,
@@ -99,6 +101,7 @@ class StoreFeed:
         symbol: str,  # Unified symbol
         start_ns: int | None = None,  # First moment, ns UTC; None: the beginning
         stop_ns: int | None = None,  # End, exclusive, ns UTC; None: the end
+        features: FeatureSet | None = None,  # A set with a second market; None: one is enough
     ):
         rows = store.read(venue, symbol, start_ns, stop_ns)
         if not len(rows):
@@ -111,7 +114,20 @@ class StoreFeed:
             opening = snapshot_at(store, venue, symbol, start_ns)
         self.events = np.concatenate([opening, rows]) if len(opening) else rows
         self.instrument = store.instrument(venue, symbol)
+        self.leader = self._hear(store, features) if features and features.leader else None
         self.starts = message_starts(self.events)
+
+    def _hear(self, store, features) -> dict:
+        "Put the rows of the leader between the events; as from `need_leader`"
+        of, ts = self.instrument, self.events["ts_recv"]
+        span = int(ts[0]), int(ts[-1]) + 1
+        told = need_leader(store, of.venue, of.symbol, features, *span)
+        feed, leader = leader_feed(store, of, features), features.leader
+        feed.take(snapshot_at(store, *leader, span[0]))
+        rows = np.concatenate([empty_events(0), *leader_rows(store, features, feed, *span)])
+        at = np.searchsorted(ts, rows["ts_recv"], side="right")
+        self.events = np.insert(self.events, at, rows)
+        return told
 
     def __len__(self) -> int:  # Messages
         return len(self.starts)

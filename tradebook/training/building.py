@@ -25,6 +25,7 @@ import tradebook
 from ..base.clock import WallClock, utc_text
 from ..base.errors import DataError
 from ..features.schema import FeatureSet, need_source
+from ..features.two_feeds import need_leader
 from ..market.coverage import clip_holes, covered_share, find_holes, require_coverage
 from ..market.part_files import read_columns, write_durably
 from ..market.store import Store
@@ -91,6 +92,7 @@ def plan_market(
     if span[0] >= span[1]:
         text = f"the end of the stretch must lie behind its start {utc_text(span[0])}"
         raise DataError(f"{venue} {symbol}: {text}, was {utc_text(span[1])}")
+    need_leader(opened, venue, symbol, request.features, *span, request.min_coverage)
     parts = [replace(p, holes=[]) for p in opened.parts(venue, symbol)]
     recipe = Recipe(Path(store), Path(root), venue, symbol, request.features, request.labels)
     runs = [plan_run(parts, run, request.labels, *span) for run in day_runs(parts)]
@@ -248,6 +250,7 @@ def _describe_market(plan, slices):
     store, names = Store(recipe.store), (recipe.venue, recipe.symbol)
     parts = store.parts(*names)
     holes = clip_holes(find_holes(parts), start, stop)
+    led = need_leader(store, *names, recipe.features, start, stop)
     sources = {day.date: day.parts for run in plan.runs for day in run}
     days = [
         {**s._asdict(), "sources": [[p.file, p.n_rows, p.sha256] for p in sources[s.date]]}
@@ -265,6 +268,7 @@ def _describe_market(plan, slices):
         "coverage": covered_share(holes, start, stop),
         "holes": [[h.start_ns, h.end_ns] for h in holes],
         "days": days,
+        **({"leader": led} if led else {}),
     }
 
 # %% ../../nbs/training/14_building.ipynb #e145f9c6

@@ -68,7 +68,8 @@ def features_of(
     said = manifest["features"]
     name = said["name"].partition(",")[0]
     try:
-        made = feature_set(name, said["interval_ms"], said["dtype"])
+        leader = said["params"].get("leader", {}).get("market", "")
+        made = feature_set(name, said["interval_ms"], said["dtype"], leader)
         why = ""
     except SettingsError as error:  # a name of another time, or a package that is not there
         made, why = None, f" ({error})"

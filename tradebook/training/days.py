@@ -27,6 +27,7 @@ from ..features.kernel import IS_OPEN, SEGMENT
 from ..features.rows import FeatureRows, FeatureStream, join_rows
 from ..features.schema import FeatureSet
 from ..features.timing import BOOK
+from ..features.two_feeds import leader_feed, read_beside
 from ..market.book import BOOK_INVALID, book_status, touch
 from ..market.quotes import QUOTE
 from ..market.store import DAY_NS, Part, Store
@@ -48,6 +49,7 @@ from tradebook.training.partitions import (
     read_partition,
     sweep,
     thaw,
+    thaw_feed,
 )
 
 # %% ../../nbs/training/13_days.ipynb #bf650360
@@ -131,7 +133,7 @@ def code_hash(
     return hashlib.sha256(f"{HOW} {text}".encode()).hexdigest()[:16]
 
 
-_FEATURE_CODE = ("features.rows",)
+_FEATURE_CODE = "features.rows", "features.two_feeds"
 _LABEL_CODE = "training.label_sets", "market.stored_quotes"
 
 # %% ../../nbs/training/13_days.ipynb #7c05bafb
@@ -182,6 +184,11 @@ def feature_inputs(
     last_ns = plan.start_ns + DAY_NS - 1 if plan.is_followed else plan.parts[-1].end_ns
     step_ns = recipe.features.interval_ms * 1_000_000
     inputs = _inputs(recipe, plan, opening, _FEATURE_CODE)
+    if (leader := recipe.features.leader) is not None:
+        store, stop_ns = Store(recipe.store), plan.start_ns + DAY_NS
+        begin_ns = plan.start_ns - (0 if opening else DAY_NS)
+        near = [p for p in store.parts(*leader) if p.end_ns >= begin_ns and p.start_ns < stop_ns]
+        inputs["leader"] = [asdict(store.instrument(*leader)), *(p.sha256 for p in near)]
     return inputs | {"features": recipe.features.hash, "last_row_ns": last_ns // step_ns * step_ns}
 
 # %% ../../nbs/training/13_days.ipynb #0b90a2e6
@@ -195,13 +202,18 @@ def compute_features(
     store, features, age = Store(recipe.store), recipe.features, recipe.labels.max_age_ms
     of = store.instrument(recipe.venue, recipe.symbol)
     stream = FeatureStream(of, features, age, 4096)
+    feed, back_ns = leader_feed(store, of, features), DAY_NS
     if memory is not None:
-        stream = thaw(memory, of, features, age)
+        stream, back_ns = thaw(memory, of, features, age), 0
         stream.advance_to(plan.start_ns - 1)
+        if feed is not None:
+            thaw_feed(feed, memory)
     span = plan.start_ns, plan.start_ns + DAY_NS
-    found = [stream.push(rows) for rows in store.groups(recipe.venue, recipe.symbol, *span)]
-    memory = freeze(stream)
-    return join_rows(*found, stream.advance_to(last_row_ns)), memory
+    pieces = read_beside(store, recipe.venue, recipe.symbol, features, *span, feed, back_ns)
+    found = [stream.push(rows) for rows in pieces]
+    memory = freeze(stream, feed)
+    made = join_rows(*found, stream.advance_to(last_row_ns))
+    return made[made.rows["ts"] <= last_row_ns], memory  # a leader may speak on
 
 # %% ../../nbs/training/13_days.ipynb #ccc45d1d
 class DayDone(NamedTuple):
