@@ -26,7 +26,7 @@ from tradebook.trader.loop import PaperTrader, RunLog
 from tradebook.training.calibration import Calibration, read_calibration
 from tradebook.training.forest import Forest
 from tradebook.training.model import fit_direction
-from tradebook.training.prediction import Predictor
+from tradebook.training.prediction import Predictor, model_rules
 from tradebook.training.publish import Dossier, publish
 
 ODD = [np.nan, np.inf, -np.inf, 0.0, -0.0, 5e-324, -5e-324, 1e-36, -1e-35, 1.1e-35, 1e300, -1e300]
@@ -198,26 +198,25 @@ def fitted():
     return market, rows, fit_direction(rows.x[:half], *part, CHOSEN)
 
 
-def paper_and_backtest(market, rows, predictor, journal):
+def paper_and_backtest(market, rows, predictor, journal, settings=CHOSEN):
     "The same stretch message by message and at once"
     of, events = market.instrument, market.events
     run = journal.start_run(
-        "paper", settings_hash=CHOSEN.hash, settings=CHOSEN.to_dict(), code_version="0"
+        "paper", settings_hash=settings.hash, settings=settings.to_dict(), code_version="0"
     )
-    log = RunLog(journal, run, CHOSEN.trader.journal_flush_rows)
+    log = RunLog(journal, run, settings.trader.journal_flush_rows)
     starts = np.append(message_starts(events), len(events))[::5]
     stops = np.append(starts[1:], len(events))
-    PaperTrader(CHOSEN, of, log, predictor).run(events, zip(starts, stops, strict=True))
-    until = predictor.model.expires_ns(CHOSEN.training.max_age_days)
+    PaperTrader(settings, of, log, predictor).run(events, zip(starts, stops, strict=True))
     p_up, edge = predictor.predict(rows.x)
-    facts = {"settings_hash": CHOSEN.hash, "model_version": predictor.model.version}
-    chosen = CHOSEN.backtest
+    facts = {"settings_hash": settings.hash, "model_version": predictor.model.version}
+    chosen = settings.backtest
     done = run_backtest(
         events,
         rows,
         p_up,
         edge,
-        rules_from(CHOSEN, of, model_expires_ns=until),
+        rules_from(settings, of, **model_rules(settings, predictor)),
         initial_equity_quote=chosen.initial_equity_quote,
         latency_ns=chosen.order_latency_ms * 1_000_000,
         facts=facts,
@@ -244,6 +243,32 @@ def test_paper_and_backtest_agree_and_see_the_model_expire(fitted, tmp_path, is_
     assert "ENTER" not in late and late.count(Cause.MODEL_EXPIRED) > len(late) / 2
 
 
+def test_what_the_second_model_skips_is_not_traded_whether_or_not_an_edge_is_asked_for(
+    fitted, tmp_path
+):
+    market, rows, model = fitted
+    x, noise = rows.x, np.random.default_rng(3)
+    wide = np.column_stack([np.nan_to_num(x), noise.normal(size=(len(x), 2))])
+    names = (*rows.feature_set.names, "primary_distance", "primary_side")
+    asked = lightgbm.Dataset(wide, noise.integers(0, 2, len(x)), feature_name=list(names))
+    text = lightgbm.train({"verbosity": -1, "objective": "binary"}, asked, 3).model_to_string()
+    meta = {"calibration": None, "min_distance": 0.01, "min_chance": 0.5}
+    dossier = Dossier(meta_text=text, meta_feature_names=names, meta=meta)
+    version = publish(model, tmp_path / "models", "synthetic_SYN-USDT~USDT", 1, dossier=dossier)
+    predictor, causes = Predictor(version), {}
+    for is_on in (True, False):
+        chosen = CHOSEN.with_overrides({"gates.is_edge_gate_on": is_on})
+        with Journal(tmp_path / f"{is_on}.db") as journal:
+            given = market, rows, predictor, journal, chosen
+            found, done = paper_and_backtest(*given)
+        assert found.n_differences == 0, found.first_difference
+        causes[is_on] = [str(row["cause"]) for row in done.decisions]
+        skipped = np.isnan(predictor.predict(rows.x)[1]) & (rows.n_nan == 0)
+        entered = np.array([cause == "ENTER" for cause in causes[is_on]])
+        assert entered.any() and not (entered & skipped).any()
+    assert all(one.count(Cause.SKIPPED_BY_MODEL) > 5 for one in causes.values())
+
+
 def test_every_row_of_a_recording_gets_lightgbms_answer(recordings):
     files = [
         recordings / f"standx/BTC-USD_{kind}_2026-01-06.parquet" for kind in ("book20", "trades")
@@ -267,7 +292,7 @@ def test_every_row_of_a_recording_gets_lightgbms_answer(recordings):
 @pytest.mark.parametrize("kind", ["none", "platt", "isotonic"])
 @pytest.mark.parametrize("n_seeds", [1, 3])
 def test_a_model_of_direction_is_the_same_in_memory_and_published(tmp_path, kind, n_seeds):
-    x, labels, columns = drawn()
+    x, labels, columns = drawn(4_000)
     chosen = QUICK.with_overrides({"training.calibration": kind, "training.seeds": n_seeds})
     model = fit_direction(x, labels, columns, chosen)
     predictor = Predictor(publish(model, tmp_path, "a_B", 1))

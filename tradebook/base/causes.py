@@ -71,6 +71,7 @@ _REMEDIES = {
     "SYMBOL_SHORT_HISTORY": "Collect more data; trader.min_history_days says how much.",
     "NO_SIGNAL": "Nothing, unless it is always so: then compare signal.min_confidence with the model's AUC.",
     "SPREAD_TOO_WIDE": "Wait for a calmer book, or raise gates.max_spread_bps knowingly.",
+    "SKIPPED_BY_MODEL": "Nothing: tradebook models show says what taking all would have brought.",
     "EDGE_BELOW_COST": "Nothing: the trade would lose. Lower fees or a longer horizon would help.",
     "VOLATILITY_TOO_LOW": "Wait, or lower gates.min_volatility_bps.",
     "VOLATILITY_TOO_HIGH": "Wait, or raise gates.max_volatility_bps knowingly.",
@@ -120,6 +121,7 @@ class Cause(ExplainedCode):
     SYMBOL_SHORT_HISTORY = "SYMBOL_SHORT_HISTORY", _PR, _BLOCK, "There is not enough history to train on."
     NO_SIGNAL = "NO_SIGNAL", _CA, _BLOCK, "The prediction is too close to a coin toss."
     SPREAD_TOO_WIDE = "SPREAD_TOO_WIDE", _GA, _BLOCK, "The spread is wider than allowed."
+    SKIPPED_BY_MODEL = "SKIPPED_BY_MODEL", _GA, _BLOCK, "The model's second part expects that this one will not pay."
     EDGE_BELOW_COST = "EDGE_BELOW_COST", _GA, _BLOCK, "The expected move does not pay for the round trip."
     VOLATILITY_TOO_LOW = "VOLATILITY_TOO_LOW", _GA, _BLOCK, "The market moves too little."
     VOLATILITY_TOO_HIGH = "VOLATILITY_TOO_HIGH", _GA, _BLOCK, "The market moves too much."

@@ -31,7 +31,7 @@ from ..market.instruments import Instrument
 from ..market.store import DAY_NS, Store
 from .dossiers import dossier_of, model_facts, study_file
 from .progress import Stage, Stages
-from ..policy.rules import NEVER, rules_from
+from ..policy.rules import rules_from
 from ..trader.before import bars_before
 from ..trader.feed import StoreFeed
 from ..trader.loop import count_books, fill_row, order_row, run_tag
@@ -44,7 +44,7 @@ from ..training.datasets import load_dataset
 from ..training.label_sets import label_set
 from ..training.model import DirectionModel
 from ..training.normal import normal_facts
-from ..training.prediction import Predictor, least_confidence
+from ..training.prediction import Predictor, model_rules
 from ..training.publish import publish
 from ..training.reasons import Reasons
 from ..training.registry import ModelVersion, Registry, symbol_key
@@ -312,15 +312,12 @@ def replay(
     "Replay a stretch through the policy"
     chosen, of = settings.backtest, feed.instrument
     version = predictor.model.version if predictor else None
-    max_age_days = settings.training.max_age_days
-    until = predictor.model.expires_ns(max_age_days) if predictor else NEVER
-    least = least_confidence(settings, predictor.model.facts) if predictor else None
     watch = RowWatch.of(predictor.model.facts, features.feature_set) if predictor else None
     result = run_backtest(
         feed.events,
         features,
         *forecast(predictor, features),
-        rules_from(settings, of, block, model_expires_ns=until, min_confidence=least),
+        rules_from(settings, of, block, **model_rules(settings, predictor)),
         initial_equity_quote=chosen.initial_equity_quote,
         latency_ns=chosen.order_latency_ms * 1_000_000,
         run_tag=tag,

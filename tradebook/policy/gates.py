@@ -69,6 +69,10 @@ def check_gates(
         Gate("volatility ceiling", volatility, high, volatility <= high, Cause.VOLATILITY_TOO_HIGH),
         *check_features(prediction, rules),
     )
+    if rules.has_second:
+        is_taken = not math.isnan(prediction.edge_bps)
+        gate = Gate("second model", float(is_taken), 1.0, is_taken, Cause.SKIPPED_BY_MODEL)
+        gates = (*gates, gate)
     if not rules.is_edge_gate_on:
         return gates
     left = side * prediction.edge_bps - round_trip_cost_bps(market, rules)

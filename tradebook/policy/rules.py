@@ -39,6 +39,7 @@ class Rules(NamedTuple):
     model_expires_ns: int = NEVER  # Last moment at which the model may open positions, ns UTC
     max_outside: float = 0.0  # Farthest outside of training, lengths of a range; 0: any
     is_health_gate_on: bool = False  # Off: trade also while a feature has died
+    has_second: bool = False  # The model has a second part that says take or skip
 
 # %% ../../nbs/policy/02_rules.ipynb #f98ed5b1
 def rules_from(
@@ -48,6 +49,7 @@ def rules_from(
     is_frozen: bool = False,  # Trading was frozen by hand
     model_expires_ns: int = NEVER,  # Last moment at which the model may open positions, ns UTC
     min_confidence: float | None = None,  # Least distance of P(up) from 0.5; None: the settings'
+    has_second: bool = False,  # The model has a second part that says take or skip
 ) -> Rules:  # Frozen for the run
     "Gather the rules of a run"
     g, e = settings.gates, settings.exits
@@ -73,4 +75,5 @@ def rules_from(
         model_expires_ns=model_expires_ns,
         max_outside=g.max_outside,
         is_health_gate_on=g.is_health_gate_on,
+        has_second=has_second,
     )

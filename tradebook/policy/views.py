@@ -70,7 +70,7 @@ class Prediction(NamedTuple):
     "What the model says about the horizon ahead"
 
     p_up: float  # Probability of a rise, 0 to 1
-    edge_bps: float  # Expected move of the mid, signed, basis points
+    edge_bps: float  # Expected move of the mid, signed, basis points; NaN: the model says skip
     outside: float = math.nan  # How far outside of training, lengths of a range; NaN: not known
     outlier: str = ""  # Which feature, its value, and what was normal; empty inside
     n_dead: int | None = None  # Features that have died; None: not known

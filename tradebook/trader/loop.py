@@ -24,7 +24,7 @@ from ..market.instruments import Instrument
 from ..policy.desk import Desk
 from ..policy.rules import NEVER, rules_from
 from ..policy.views import Prediction, ViewReader
-from ..training.prediction import Predictor, least_confidence
+from ..training.prediction import Predictor, model_rules
 from ..training.watch import Fitness, RowWatch
 from ..venue.orders import Fill, OrderIntent
 from ..venue.paper import PaperVenue
@@ -130,13 +130,8 @@ class PaperTrader:
         self.reader, self.log, self.predictor = ViewReader(columns), log, predictor
         self.watch = RowWatch.of(predictor.model.facts, columns) if predictor else None
         self.explain, self.ill = explain, ""
-        max_age_days, until, least = settings.training.max_age_days, NEVER, None
         version = predictor.model.version if predictor else None
-        if predictor:  # it may grow too old while the run goes on
-            until = predictor.model.expires_ns(max_age_days)
-            least = least_confidence(settings, predictor.model.facts)
-        ends = {"model_expires_ns": until, "min_confidence": least}
-        rules = rules_from(settings, of, standing_block, **ends)
+        rules = rules_from(settings, of, standing_block, **model_rules(settings, predictor))
         facts = {"settings_hash": settings.hash, "model_version": version}
         equity = settings.backtest.initial_equity_quote
         self.desk = Desk(rules, equity, run_tag(log.run_id), facts)
