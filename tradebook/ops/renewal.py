@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['unseen_forecast', 'champion_drift', 'contributions', 'champion_bounds', 'bounds_table', 'judged', 'gate_checks',
-           'Renewal', 'renew', 'put_in_force', 'example_market']
+           'Renewal', 'market_now', 'renew', 'put_in_force', 'example_market']
 
 # %% ../../nbs/ops/27_renewal.ipynb #fed7e3c5
 from dataclasses import dataclass, field
@@ -240,6 +240,17 @@ def _ask(made: TrainingSet, model: DirectionModel, settings: Settings) -> pd.Dat
     return learning_curve(fit_and_ask, labels, round(settings.training.embargo_s * 1e9))
 
 # %% ../../nbs/ops/27_renewal.ipynb #f4f3f0f7
+def market_now(
+    settings: Settings,  # training.max_age_days
+    made: TrainingSet,  # Rows
+    now_ns: int | None = None,  # The time, ns UTC; None: the newest row's
+) -> int:  # The time by which models expire, ns UTC
+    "Tell the time that counts for a market"
+    newest = int(made.labels["ts_start"][-1])
+    longest_ns = round(settings.training.max_age_days * 86_400e9)
+    return newest if now_ns is None or now_ns > newest + longest_ns else now_ns
+
+# %% ../../nbs/ops/27_renewal.ipynb #640cdf26
 def renew(
     settings: Settings,  # In force; paths.data is the data root
     venue: str,  # Name of the venue
@@ -255,8 +266,7 @@ def renew(
     given = (venue, symbol), (start_ns, stop_ns), stages, False, "retrain"
     new = make_version(settings, *given)
     made, model, x = new.rows, new.model, new.rows.features.x
-    newest = int(made.labels["ts_start"][-1])
-    champion = find_champion(settings, venue, symbol, newest if now_ns is None else now_ns)
+    champion = find_champion(settings, venue, symbol, market_now(settings, made, now_ns))
     drift = p_champion = None
     why = champion.why_not
     if champion.model:

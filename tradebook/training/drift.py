@@ -187,8 +187,12 @@ class Drift(NamedTuple):
         else:
             words, t = self.truth.moved, self.truth.table.set_index("measure")
             bound = f"AUC {t.now.auc:.3f}, then {t.then.auc:.3f}; bias {t.now.bias:+.3f}"
-            value = f"{', '.join(words)} moved" if words else "as it was"
-            found.append(DriftCheck("Truth", "fail" if words else "pass", value, bound))
+            is_sure = bool(self.truth.table.notna().all(axis=None))  # else there is no interval
+            value = (
+                f"{', '.join(words)} moved" if words else "as it was" if is_sure else "not judged"
+            )
+            status = "fail" if words else "pass" if is_sure else "note"
+            found.append(DriftCheck("Truth", status, value, bound))
         if self.forecasts is not None:
             found.append(_columns(self.forecasts, "Forecasts"))
         bad = "fail" if both and self.columns.moved else "warn"
