@@ -51,10 +51,14 @@ SCENES = (
           {"spread_bps": 200.0, "imbalance_5": 0.0}, (1, 1010, 0)),
     Scene("first ticks", ((1, 1, 30), (-1, 2, 10)), True,
           {"spread_bps": 1e4 / 1.5, "imbalance_1": 0.5}),
+    Scene("bid at zero", ((1, 0, 30), (-1, 2, 10)), False, {}),
+    Scene("locked at zero", ((1, 0, 30), (-1, 0, 10)), False, {}),
     Scene("last ticks", ((1, KEY_MAX - 1, 30), (-1, KEY_MAX, 10)), True,
           {"spread_bps": 1e4 / (KEY_MAX - 0.5), "imbalance_1": 0.5}),
     Scene("far apart", ((1, 1, 30), (-1, KEY_MAX, 10)), True, {"imbalance_1": 0.5}),
     Scene("huge sizes", ((1, 990, 3 * 2**40), (-1, 1010, 2**40)), True, {"imbalance_1": 0.5}),
+    Scene("huge and far", ((1, 1, 2**45), (-1, KEY_MAX, 2**45)), True,
+          {"imbalance_1": 0.0, "depth_distance_bps": 1e4 * (KEY_MAX - 1) / (KEY_MAX + 1)}),
 )  # fmt: skip
 
 # %% ../../nbs/features/25_edges.ipynb #5a415934
@@ -153,7 +157,8 @@ def probe_edges(
         cut = probe_stream(events, instrument, features, 7, build=build)
         n, n_values = n + one.n_rows + cut.n_rows, n_values + one.n_values + cut.n_values
         more = _named(cut, scene)
-        if max((ticks for _, ticks, _ in scene.levels), default=0) < 2_000:  # has a mirror image
+        prices = [ticks for _, ticks, _ in scene.levels] or [1]
+        if 0 < min(prices) <= max(prices) < 2_000:  # has a mirror image
             turned = _named(probe_mirror(events, instrument, features, build=build), scene)
             more += [f for f in turned if f.feature not in near]
         for f in (*one.findings, *more):

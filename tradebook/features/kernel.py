@@ -63,7 +63,7 @@ from tradebook.features.timing import (
     timing_step,
 )
 from .volatility import emit_volatility, forget_hole, volatility_beat
-from ..market.book import BOOK_LOCKED, Book, apply_event, book_status, top
+from ..market.book import BOOK_LOCKED, Book, apply_event, best, book_status, top
 from ..market.candles import parse_interval
 from ..market.events import FLAG_LAST, KIND_CLEAR, KIND_GAP, KIND_LEVEL, KIND_TRADE
 
@@ -217,7 +217,7 @@ def on_book(
 ) -> None:
     "Take note of a book message"
     clock, is_changed = state.clock, False
-    if book_status(book) > BOOK_LOCKED:
+    if book_status(book) > BOOK_LOCKED or best(book, 0) <= 0:
         clock[IS_USABLE] = 0
         timing_step(state.totals, state.stamps, ts, is_changed)
         return

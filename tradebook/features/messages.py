@@ -181,23 +181,26 @@ def _restart(count):
 
 
 @njit(nogil=True, error_model="numpy", forceinline=True)
-def _close(levels, ring, count, half, n_ask, x, i):
-    "Write the row of a message whose levels have been read; count it"
-    for k in range(n_ask, 20):
-        levels[half, 2, k] = MISSING_ASK
-    count[MID_NOW] = np.int64(levels[half, 0, 0]) + levels[half, 2, 0]
-    n, seen = count[ROWS], count[SEEN]
-    message_row(levels, half, 1 - half, count[BOUGHT], count[TRADED], ring, n, seen, x, i)
-    count[SEEN], count[BOUGHT], count[TRADED] = seen + 1, 0, 0
-
-
-@njit(nogil=True, error_model="numpy", forceinline=True)
 def _blank(ring, count, x, i):
     "Write a row that cannot be known, and end all windows"
     here, before = count[ROWS] & _MASK, (count[ROWS] - 1) & _MASK
     ring[here] = ring[before]
     x[i] = np.nan
     _restart(count)
+
+
+@njit(nogil=True, error_model="numpy", forceinline=True)
+def _close(levels, ring, count, half, n_ask, x, i):
+    "Write the row of a message whose levels have been read; count it"
+    for k in range(n_ask, 20):
+        levels[half, 2, k] = MISSING_ASK
+    if levels[half, 0, 0] <= 0:  # a bid at zero is no price
+        _blank(ring, count, x, i)
+        return
+    count[MID_NOW] = np.int64(levels[half, 0, 0]) + levels[half, 2, 0]
+    n, seen = count[ROWS], count[SEEN]
+    message_row(levels, half, 1 - half, count[BOUGHT], count[TRADED], ring, n, seen, x, i)
+    count[SEEN], count[BOUGHT], count[TRADED] = seen + 1, 0, 0
 
 # %% ../../nbs/features/23_messages.ipynb #ac22da84
 @njit(cache=True, nogil=True, error_model="numpy", no_cfunc_wrapper=True)
@@ -297,7 +300,7 @@ def _fill_tops(book, events, count, ts, levels, flow, seen):
             now, count[IS_OPEN], ts[i], seen[i] = levels[i], 0, e.ts_recv, -1
             n_ask = top(book, 20, now[0], now[1], now[2], now[3])[1]
             now[2, n_ask:] = MISSING_ASK
-            if book_status(book) <= BOOK_LOCKED:
+            if book_status(book) <= BOOK_LOCKED and now[0, 0] > 0:
                 flow[i, 0], flow[i, 1], seen[i] = count[BOUGHT], count[TRADED], count[SEEN]
                 count[SEEN], count[BOUGHT], count[TRADED] = count[SEEN] + 1, 0, 0
                 count[MID_NOW] = np.int64(now[0, 0]) + now[2, 0]
