@@ -97,25 +97,32 @@ class Intake:
         "The socket that a symbol is on"
         return next(shard for shard in self.shards if symbol in shard.symbols)
 
-    def incident(self, symbol: str, code: str, words: str = ""):
-        "Tell of a cause, now"
-        self.tallies[symbol][str(code)] += 1
-        self._note(symbol, self.clock.now_ns(), str(code), words)
-
-    def _note(self, symbol, ts_ns, code, words):
-        self.latest[symbol] = ts_ns, code, words
-        self.sink.incident(symbol, ts_ns, code, words)
-
-    def tell_all(self, code, words):
-        "Tell of something that concerns every symbol"
-        for symbol in self.ids:
-            self.incident(symbol, code, words)
-
     def _spawn(self, coroutine):
         "Start a task that is ended with the feed"
         task = asyncio.ensure_future(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+# %% ../../nbs/collector/08_intake.ipynb #c6567df6
+@patch
+def incident(self: Intake, symbol: str, code: str, words: str = ""):
+    "Tell of a cause, now"
+    self.tallies[symbol][str(code)] += 1
+    self._note(symbol, self.clock.now_ns(), str(code), words)
+
+
+@patch
+def _note(self: Intake, symbol, ts_ns, code, words):
+    "Keep a cause at hand and hand it on"
+    self.latest[symbol] = ts_ns, code, words
+    self.sink.incident(symbol, ts_ns, code, words)
+
+
+@patch
+def tell_all(self: Intake, code, words):
+    "Tell of something that concerns every symbol"
+    for symbol in self.ids:
+        self.incident(symbol, code, words)
 
 # %% ../../nbs/collector/08_intake.ipynb #982f306d
 _INCIDENTS = {str(code) for code in Incident} - {"NO_BOOK"}

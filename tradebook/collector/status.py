@@ -120,6 +120,40 @@ class View:
             self._live.stop()
 
 # %% ../../nbs/collector/22_status.ipynb #c619fa7f
+def _symbol_metrics(feed, symbol, row):
+    "Measurements of one symbol"
+    of, counts = {"feed": feed, "symbol": symbol}, row["counts"]
+    found = [
+        ("tradebook_live", "1 while all streams speak and the book is whole", of, row["state"] == "live"),
+        ("tradebook_messages_total", "Messages", of, sum(row["n_messages"].values())),
+        ("tradebook_holes_total", "Holes in the data", of, row["n_gaps"]),
+        ("tradebook_resyncs_total", "Snapshots asked for", of, counts.get("n_resyncs", 0)),
+        ("tradebook_crossed_total", "Messages with the bid above the ask", of, row.get("n_crossed", 0)),
+    ]  # fmt: skip
+    words = "What went wrong, by its code"
+    found += [
+        ("tradebook_incidents_total", words, of | {"code": code}, n)
+        for code, n in counts.items()
+        if code.isupper()
+    ]
+    if (age := row["book_age_s"]) is not None:
+        found.append(("tradebook_book_age_seconds", "Time since the book spoke", of, age))
+    return found
+
+
+def _feed_metrics(feed):
+    "Measurements of one feed as a whole"
+    of, words = {"feed": feed["feed"]}, "Receive time minus the venue's time"
+    found = [
+        ("tradebook_lag_seconds", words, of | {"quantile": part}, feed[f"delay_{part}_ms"] / 1e3)
+        for part in ("p50", "p99")
+        if feed.get(f"delay_{part}_ms") is not None
+    ]
+    dropped = feed["n_frames_dropped"]
+    found.append(("tradebook_frames_dropped_total", "Frames that found no room", of, dropped))
+    return found
+
+# %% ../../nbs/collector/22_status.ipynb #26e6c69b
 def metrics(
     status: dict,  # Of a session, with rates
 ) -> list[tuple[str, str, dict, float]]:  # Name, help, labels, value
@@ -127,53 +161,8 @@ def metrics(
     found = []
     for feed in status["feeds"]:
         for symbol, row in feed["symbols"].items():
-            of = {"feed": feed["feed"], "symbol": symbol}
-            found += [
-                ("tradebook_live", "1 while all streams speak and the book is whole", of, row["state"] == "live"),
-                ("tradebook_messages_total", "Messages", of, sum(row["n_messages"].values())),
-                ("tradebook_holes_total", "Holes in the data", of, row["n_gaps"]),
-                ("tradebook_resyncs_total", "Snapshots asked for", of, row["counts"].get("n_resyncs", 0)),
-                ("tradebook_crossed_total", "Messages with the bid above the ask", of, row.get("n_crossed", 0)),
-            ]  # fmt: skip
-            found += [
-                (
-                    "tradebook_incidents_total",
-                    "What went wrong, by its code",
-                    of | {"code": code},
-                    n,
-                )
-                for code, n in row["counts"].items()
-                if code.isupper()
-            ]
-            if row["book_age_s"] is not None:
-                found.append(
-                    (
-                        "tradebook_book_age_seconds",
-                        "Time since the book spoke",
-                        of,
-                        row["book_age_s"],
-                    )
-                )
-        of = {"feed": feed["feed"]}
-        for part in ("p50", "p99"):
-            if feed.get(f"delay_{part}_ms") is not None:
-                words = "Receive time minus the venue's time"
-                found.append(
-                    (
-                        "tradebook_lag_seconds",
-                        words,
-                        of | {"quantile": part},
-                        feed[f"delay_{part}_ms"] / 1e3,
-                    )
-                )
-        found.append(
-            (
-                "tradebook_frames_dropped_total",
-                "Frames that found no room",
-                of,
-                feed["n_frames_dropped"],
-            )
-        )
+            found += _symbol_metrics(feed["feed"], symbol, row)
+        found += _feed_metrics(feed)
     for feed, one in zip(status["feeds"], status["recorders"], strict=True):
         of = {"feed": feed["feed"]}
         found += [
