@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -44,9 +45,6 @@ class Server:
             nobody = pwd.getpwnam("nobody")
             self.user = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
             os.chown(folder, nobody.pw_uid, nobody.pw_gid)
-            for parent in folder.parents:
-                if parent.stat().st_uid == 0 and parent not in map(Path, ("/", "/tmp")):
-                    parent.chmod(parent.stat().st_mode | 0o055)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -93,14 +91,16 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
+def server():
     programs = find_programs()
     if programs is None:
         pytest.skip("no PostgreSQL server on this machine: initdb was not found")
-    made = Server(tmp_path_factory.mktemp("postgresql"), programs)
-    made.start()
-    yield made
-    made.stop()
+    # Not below pytest's own folder: every run of pytest closes that to other users, the server among them
+    with tempfile.TemporaryDirectory(prefix="postgresql-", ignore_cleanup_errors=True) as folder:
+        made = Server(Path(folder), programs)
+        made.start()
+        yield made
+        made.stop()
 
 
 @pytest.fixture
