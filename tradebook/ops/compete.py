@@ -14,7 +14,7 @@ from ..base.clock import NS_PER_S, WallClock
 from ..base.errors import DataError, ModelError
 from ..base.settings import Settings
 from ..features.rows import FeatureRows
-from ..features.schema import feature_set
+from ..features.schema import wanted_set
 from ..labels.barriers import make_labels
 from ..market.quotes import quotes
 from ..market.store import Store
@@ -83,7 +83,7 @@ def find_champion(
         if version is None:
             return Champion(None, None, "the market was never trained")
         model = registry.current(key)
-        columns = feature_set(settings.features.set, settings.features.interval_ms)
+        columns = wanted_set(settings.features)
         columns.require(model.feature_set_hash, model.feature_names)
     except ModelError as error:
         return Champion(None, version, str(error), (Reason.CHAMPION_DAMAGED,))
@@ -109,7 +109,7 @@ def compete(
     end_ns = stop_ns or int(rows[0]["end_ns"]) + 1
     found = find_champion(settings, venue, symbol, end_ns)
     champion, known = found.rival, found.reasons
-    columns = feature_set(settings.features.set, settings.features.interval_ms)
+    columns = wanted_set(settings.features)
     if (columns.hash, columns.names) != (challenger.feature_set_hash, challenger.feature_names):
         known = (*known, Reason.FEATURES_DIFFER)
     if challenger.is_expired(end_ns, settings.training.max_age_days):

@@ -25,7 +25,8 @@ from ..base.settings import Settings
 from ..collector.collector import Collector, collect
 from ..collector.folder import import_folder
 from ..features.rows import FeatureRows, build_features
-from ..features.schema import feature_set
+from ..features.schema import wanted_set
+from ..features.two_feeds import read_beside
 from ..market.coverage import require_coverage
 from ..market.instruments import Instrument
 from ..market.store import DAY_NS, Store
@@ -114,7 +115,7 @@ def open_feed(
     store = Store(settings.path("data") / "market")
     floor = settings.data.min_coverage
     require_coverage(store, venue, symbol, start_ns, stop_ns, floor)
-    return StoreFeed(store, venue, symbol, start_ns, stop_ns)
+    return StoreFeed(store, venue, symbol, start_ns, stop_ns, wanted_set(settings.features))
 
 # %% ../../nbs/ops/05_pipeline.ipynb #c657ba6e
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def training_request(
     stop_ns: int | None = None,  # End, exclusive, ns UTC; None: the end
 ) -> Request:  # For `build_dataset`
     "Ask for the data set that settings describe"
-    columns = feature_set(settings.features.set, settings.features.interval_ms)
+    columns = wanted_set(settings.features)
     asked = columns, label_set("", settings), settings.data.min_coverage
     return Request(((venue, symbol),), start_ns, stop_ns, *asked)
 
@@ -152,7 +153,8 @@ def rebuild_first(
     days = (plan.recipe.rows(day.date) for day in plan.runs[0])
     first = next(filter(len, days))[: max(300, n_rows // 10)]
     span = plan.runs[0][0].start_ns, int(first.rows["ts"][-1]) + 1
-    return check_rebuilt(first, store.read(*names, *span), store.instrument(*names), 1.0)
+    events = np.concatenate([*read_beside(store, *names, request.features, *span)])
+    return check_rebuilt(first, events, store.instrument(*names), 1.0)
 
 # %% ../../nbs/ops/05_pipeline.ipynb #946a0a99
 def build_training_set(
@@ -345,7 +347,7 @@ def open_stretch(
     "Read a stretch of the store and build its features"
     feed = open_feed(settings, venue, symbol, start_ns, stop_ns)
     chosen = settings.features
-    columns = feature_set(chosen.set, chosen.interval_ms)
+    columns = wanted_set(chosen)
     first_ns = int(feed.events["ts_recv"][0])  # may lie before the stretch: the book at its start
     before = bars_before(Store(settings.path("data") / "market"), venue, symbol, columns, first_ns)
     more = chosen.max_age_ms, before

@@ -44,16 +44,14 @@ def _features():
 
 
 def chosen_set(
-    settings,  # Settings; features.set and features.interval_ms are read
+    settings,  # Settings; the section [features] is read
     name: str,  # Name of a set; "": the settings' own
 ):  # FeatureSet
     "Make the feature set that is meant"
-    from tradebook.features.schema import feature_set
+    from tradebook.features.schema import wanted_set
 
     own = settings.features
-    if name in ("", own.set):
-        return feature_set(own.set, own.interval_ms)
-    return feature_set(name)
+    return wanted_set(own, name, 0 if name in ("", own.set) else None)
 
 # %% ../../nbs/ops/22_verbs_features.ipynb #2654b9aa
 def column_record(
@@ -107,13 +105,27 @@ def events_to_check(
     times: tuple[str, str],  # First moment and end, "" each: all
     minutes: float,  # Longest piece, minutes
     is_synthetic: bool,  # True: the built-in market
+    features=None,  # FeatureSet; one with a second market is given its leader; None: one is enough
 ):  # Rows of EVENT from a snapshot on; Instrument; where they are from
     "Find the piece of a market to check on"
+    import numpy as np
+
+    from tradebook.features.schema import feature_set
     from tradebook.features.suite import piece_of
+    from tradebook.features.two_feeds import LeaderFeed, need_leader, read_beside
+    from tradebook.market.events import merge_events
     from tradebook.market.instruments import instrument
     from tradebook.market.store import Store
 
     most = minutes * 60, max(1_000_000, round(minutes * 50_000))  # seconds, events
+    features = features or feature_set()
+    if is_synthetic and features.leader:
+        from tradebook.market.worlds import make_world
+
+        first, second = make_world("lead_lag", 11, minutes * 60).markets
+        told = LeaderFeed(second.instrument, first.instrument).take(first.events)
+        both = piece_of(merge_events(second.events, told), *most)
+        return both, second.instrument, "the built-in follower, beside its leader"
     if is_synthetic:
         from tradebook.market.synthetic import synthetic_market
 
@@ -124,7 +136,10 @@ def events_to_check(
     start, stop = span(*times)
     begin = start or min(p.start_ns for p in store.parts(venue, symbol))
     until = begin + int((minutes + 60) * 60e9)  # an hour more, for a snapshot to begin with
-    events = store.read(venue, symbol, start, min(stop or until, until))
+    until = min(stop or until, until)
+    need_leader(store, venue, symbol, features, begin, until)
+    pieces = [*read_beside(store, venue, symbol, features, begin, until)]
+    events = np.concatenate(pieces) if pieces else ()
     if not len(events):
         raise DataError(
             f"{venue} {symbol} has no event in that span; tradebook data list shows all"
@@ -253,7 +268,7 @@ def features_check(
     build, spoilt = planted(features, plant) if plant else (build_features, "")
     only = [PLANTS[plant][1]] if plant and not only else only
     minutes = minutes or min(needed_minutes(features), MOST_MINUTES)
-    given = (venue, symbol), (start, stop), minutes, is_synthetic
+    given = (venue, symbol), (start, stop), minutes, is_synthetic, features
     with shown(is_json) as stages, stages.stage("check") as stage:
         events, of, where = events_to_check(settings, *given)
         more = {"only": tuple(only or ()), "n_rows": n_rows, "seed": seed, "build": build}

@@ -18,7 +18,7 @@ from ..base.causes import Cause
 from ..base.journal import Journal
 from ..base.settings import Settings
 from ..features.rows import FeatureRows, FeatureStream
-from ..features.schema import feature_set
+from ..features.schema import wanted_set
 from ..market.events import KIND_CLEAR, KIND_LEVEL, message_starts
 from ..market.instruments import Instrument
 from ..policy.desk import Desk
@@ -123,7 +123,7 @@ class PaperTrader:
         before: FeatureStream | None = None,  # What came before, see `before.bars_before`
     ):
         chosen, latency_ms = settings.features, settings.backtest.order_latency_ms
-        columns = feature_set(chosen.set, chosen.interval_ms)
+        columns = wanted_set(chosen)
         self.stream = FeatureStream(of, columns, chosen.max_age_ms)
         if before is not None:
             self.stream.go_on_from(before)

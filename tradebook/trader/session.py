@@ -17,7 +17,7 @@ from ..base.errors import DataError, ModelError, TradebookError
 from ..base.journal import Journal
 from ..base.settings import Settings
 from ..features.rows import FeatureStream
-from ..features.schema import feature_set
+from ..features.schema import wanted_set
 from ..market.book import BOOK_LOCKED, book_status
 from ..market.store import Store
 from .before import bars_before, waiting_text
@@ -52,7 +52,7 @@ def choose_model(
     try:
         registry = Registry(settings.path("data") / "models")
         model = registry.current(symbol_key(venue, symbol))
-        columns = feature_set(settings.features.set, settings.features.interval_ms)
+        columns = wanted_set(settings.features)
         predictor = Predictor(model)
     except ModelError as error:
         return Chosen(None, Cause.MODEL_CORRUPT, str(error))
@@ -76,8 +76,7 @@ def first_book(
     settings: Settings,  # Uses the section [features]
 ) -> int:  # When the first whole book was received, ns UTC
     "Wait until the first whole book is there"
-    chosen = settings.features
-    stream = FeatureStream(feed.instrument, feature_set(chosen.set, chosen.interval_ms))
+    stream = FeatureStream(feed.instrument, wanted_set(settings.features))
     for start, stop in feed:
         stream.push(feed.events, start, stop)
         if book_status(stream.book) <= BOOK_LOCKED:
@@ -113,7 +112,7 @@ def startup_steps(
         return choose_model(settings, venue, symbol, found["universe"].state, now_ns)
 
     def bars(found):
-        columns = feature_set(settings.features.set, settings.features.interval_ms)
+        columns = wanted_set(settings.features)
         first_ns = int(found["feed"].events["ts_recv"][0])
         return bars_before(store, venue, symbol, columns, first_ns)
 
@@ -123,7 +122,9 @@ def startup_steps(
         Step(
             "feed",
             "the recording",
-            lambda found: StoreFeed(store, venue, symbol, start_ns, stop_ns),
+            lambda found: StoreFeed(
+                store, venue, symbol, start_ns, stop_ns, wanted_set(settings.features)
+            ),
         ),
         Step("model", "the model's files", model),
         Step("bars", "the days before, for the candle columns", bars),
@@ -239,5 +240,5 @@ def _trade(journal, run_id, settings, found, tell) -> dict[str, Any]:
     version = model.predictor.model.version if model.predictor else None
     block = str(model.block) if model.block else None
     made = {"run_id": run_id, "model_version": version, "block": block, "detail": model.detail}
-    made |= {"waits": waits}
+    made |= {"waits": waits} | ({"leader": feed.leader} if feed.leader else {})
     return {**made, "settings_hash": settings.hash, **summary}
