@@ -65,7 +65,8 @@ def set_aside(
     return path
 
 # %% ../../nbs/market/05_importing.ipynb #65207f78
-REASONS = ("", "price off the grid", "price beyond int32 ticks", "size off the grid")
+REASONS = ("", "price off the grid", "price beyond int32 ticks", "size off the grid",
+           "size beyond 2^53 lots", "price of zero")  # fmt: skip
 
 
 def to_units(
@@ -78,7 +79,9 @@ def to_units(
     "Turn prices and sizes into ticks and lots, telling which rows must be refused"
     price, size = np.asarray(price, float), np.asarray(size, float)
     reason = np.zeros(len(price), np.int8)
+    reason[(price == 0) & (size > 0)] = 5  # a level may be taken away there, nothing can rest
     reason[~grid_mask(size, of.lot_size)] = 3
+    reason[np.isfinite(size) & (size / of.lot_size > 2**53)] = 4
     reason[price / of.tick_size > np.iinfo(np.int32).max] = 2
     reason[~grid_mask(price, of.tick_size)] = 1
     good = reason == 0
