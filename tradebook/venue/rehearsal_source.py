@@ -123,6 +123,7 @@ class Pace:
             raise DataError(f"speed must be > 0 (inf is as fast as possible), was {speed}")
         self.speed, self.source_ns, self.wall_ns = float(speed), source_ns, wall_ns
         self.is_shifted = np.isfinite(speed)  # Stamps are of today
+        self.past: list[tuple] = []  # Source time, wall time and speed of the paces before
 
     def due(self, wall_ns: int) -> int:
         "Source time up to which messages are due"
@@ -135,12 +136,18 @@ class Pace:
         "Time to write on the wire, ns UTC; arrays too"
         if not self.is_shifted:
             return source_ns
-        since = np.asarray(source_ns, np.int64) - self.source_ns
-        passed = np.where(since > 0, since / self.speed, since).astype(np.int64)
-        return passed + self.wall_ns if np.ndim(source_ns) else int(passed) + self.wall_ns
+        paces = [*self.past, (self.source_ns, self.wall_ns, self.speed)]
+        times, starts = np.asarray(source_ns, np.int64), [pace[0] for pace in paces]
+        at = np.searchsorted(starts, times, "right") - 1
+        starts, walls, speeds = (
+            np.array(column)[np.maximum(at, 0)] for column in zip(*paces, strict=True)
+        )
+        passed = np.where(at < 0, times - starts, (times - starts) / speeds).astype(np.int64)
+        return passed + walls if np.ndim(source_ns) else int(passed + walls)
 
     def turn(self, speed: float, wall_ns: int):
         "Change the speed at a moment, without a jump"
+        self.past = [*self.past[-7:], (self.source_ns, self.wall_ns, self.speed)]
         self.source_ns, self.wall_ns = self.due(wall_ns), wall_ns
         self.speed = float(speed)
 
