@@ -122,6 +122,9 @@ def models_show(
     is_json: Json = False,
 ) -> Answer:
     "Show what is known about one version."
+    from tradebook.ops.dossiers import model_facts
+    from tradebook.ops.many import fit_lines
+
     settings, registry, key = open_registry(root, changes, venue, symbol)
     found = find_version(registry, key, version)
     model, row = (
@@ -138,10 +141,13 @@ def models_show(
     }
     changes_of = [r for r in registry.history(key) if r["version"] == found]
     tries = [r for r in registry.attempts(key) if r["version"] == found]
-    lines = [f"{name:<18}{value}" for name, value in row.items()]
+    told = {k: v for k, v in row.items() if k != "thresholds"}
+    told["auc"] = f"{row['auc']:.3f}" if row["auc"] is not None else "not measurable"
+    lines = [f"{name:<22}{value}" for name, value in told.items()]
+    lines += fit_lines(model_facts(model))
     for r in [*tries, *changes_of]:
         what = r.get("action") or ("attempt, let in" if r["is_promoted"] else "attempt, refused")
-        lines.append(f"{what:<18}by {r.get('who') or '?'}: {', '.join(r.get('reasons', ()))}")
+        lines.append(f"{what:<22}by {r.get('who') or '?'}: {', '.join(r.get('reasons', ()))}")
     data = {"ok": True, "market": key, **row, "attempts": tries, "changes": changes_of}
     return Answer(
         {**data, "facts": facts}, "\n".join([*lines, "Next: tradebook models diff current latest."])
