@@ -208,6 +208,7 @@ def rehearse(
 ) -> Answer:
     "Open an exchange on this machine, and break it on command."
     from tradebook.ops.progress import tell
+    from tradebook.venue.rehearsal import parse_speed
     from tradebook.venue.rehearsal import rehearse as run
 
     if sent:
@@ -229,7 +230,7 @@ def rehearse(
 
     facts = run(
         venue, source, speed, tuple(faults or ()), port, read_length(length), opened,
-        symbols=names, is_repeating=True, duration_s=min(read_length(length), 3600.0),
+        symbols=names, is_repeating=True, duration_s=min(read_length(length) * parse_speed(speed), 3600.0),
     )  # fmt: skip
     text = f"{venue}: {facts['n_messages']:,} messages in {facts['seconds']:,.0f} s, {len(facts['faults'])} faults"
     return Answer({"ok": True, **facts}, text)
