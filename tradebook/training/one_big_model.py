@@ -92,14 +92,14 @@ def _one_try(client, held, read, parts, n_rows, n_columns, learner) -> str:
     return model.booster_.model_to_string()
 
 
+_SAME = "they must see the same folders by the same names"
+
+# %% ../../nbs/training/46_one_big_model.ipynb #62efd5a7
 def _quiet() -> logging.Logger:
     "Keep what LightGBM says of ports and threads away from the output of a verb"
     log = logging.getLogger("tradebook.lightgbm")
     log.setLevel(logging.ERROR)
     return log
-
-
-_SAME = "they must see the same folders by the same names"
 
 
 def _keep_order(client, held: Sequence[str]):
