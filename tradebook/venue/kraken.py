@@ -159,8 +159,13 @@ class KrakenDecoder(LadderDecoder):
         if event in ("heartbeat", "pong"):
             return Decoded("", "control", code=WireCode.PONG)
         detail = str(content.get("errorMessage") or f"{content.get('channelName')} {status}")[:120]
+        pair = str(content.get("pair", ""))
+        if status == "error" and pair not in detail:
+            detail = f"{detail}: {pair}"[:160]  # whose topic it was must stand in the words
         if status == "error" or event == "error":
-            return Decoded("", "control", code=WireCode.WS_SUB_REJECTED, detail=detail)
+            is_left = "not found" in detail.lower()  # leaving what we did not have is no refusal
+            code = WireCode.NOTICE if is_left else WireCode.WS_SUB_REJECTED
+            return Decoded("", "control", code=code, detail=detail)
         if event == "subscriptionStatus" and content["pair"] in self.markets:
             symbol = self.markets[content["pair"]].of.symbol
             return Decoded(symbol, "control", code=WireCode.SUBSCRIBED, detail=detail)
