@@ -87,7 +87,7 @@ def tries_of(
 class Trials(NamedTuple):
     "All variants that were tried over one stretch"
 
-    names: tuple[str, ...]  # Each variant, the oldest first; then each try of a search
+    names: tuple[str, ...]  # Each variant, the oldest first; those of a part; tries of a search
     sharpes: np.ndarray  # Sharpe ratio a period of each, (N,); 0 where nothing was traded
     returns: np.ndarray  # Net result of each variant by period, (T, variants), bps
     period_s: float  # Length of a period, seconds
@@ -112,7 +112,7 @@ def find_trials(
     kind: str = "backtest",  # Kind of the runs
 ) -> Trials:  # Variants over that stretch; none is repeated
     "Find everything that was tried over a stretch"
-    found, counted, n_unknown = {}, [], 0
+    found, short, counted, n_unknown = {}, {}, [], 0
     first, last = (int(t) // MINUTE_NS for t in span)
     for run in sorted(runs, key=lambda r: r["run_id"]):
         if run["kind"] != kind or (run["venue"], run["symbol"]) != tuple(market):
@@ -122,18 +122,29 @@ def find_trials(
             n_unknown += 1
             continue
         shared = min(last, one["first"] + one["n"] - 1) - max(first, one["first"]) + 1
-        if 2 * shared < last - first + 1:
+        asked = last - first + 1
+        if 2 * shared < min(asked, one["n"]) or 10 * shared < asked:
             continue
         counted.append(run)
-        found[variant_name(run)] = one  # the latest run of a variant stands for it
+        kept = found if 2 * shared >= asked else short
+        kept[variant_name(run)] = one  # the latest run of a variant stands for it
+    short = {f"{name}, a part": one for name, one in short.items() if name not in found}
     returns, period_s, first_ns = side_by_side(found.values(), span)
     returns = returns[:, : len(found)]
     tries = tries_of(counted)
     more = [f"{study} try {k}" for study in tries for k in range(len(tries[study]))]
     scaled = [s * np.sqrt(period_s / 60.0) for study in tries for s in tries[study]]
-    sharpes = np.r_[_sharpes(returns), scaled]
+    parts = [_sharpe_of(one, period_s) for one in short.values()]
+    sharpes = np.r_[_sharpes(returns), parts, scaled]
     given = sharpes, returns, period_s, first_ns, len(counted), n_unknown
-    return Trials((*found, *more), *given)
+    return Trials((*found, *short, *more), *given)
+
+
+def _sharpe_of(one: dict, period_s: float) -> float:
+    "Sharpe ratio of one short series, scaled to a period"
+    first_ns = one["first"] * MINUTE_NS
+    table, own_s, _ = side_by_side([one], (first_ns, first_ns + one["n"] * MINUTE_NS - 1))
+    return float(_sharpes(table)[0] * np.sqrt(period_s / own_s))
 
 
 def _sharpes(returns: np.ndarray) -> np.ndarray:
