@@ -14,7 +14,9 @@ from tradebook.base.errors import VenueError
 from tradebook.collector.clocks import Reading, read_clocks
 from tradebook.collector.escalation import Escalation
 from tradebook.collector.incidents import incident_file, read_incidents
+from tradebook.collector.intake import Intake
 from tradebook.collector.raw_frames import read_raw, replay
+from tradebook.collector.recorder import Recorder
 from tradebook.collector.session import Session, run_session
 from tradebook.collector.vitals import Bounds
 from tradebook.market.events import KIND_GAP, KIND_TRADE, check_events
@@ -528,6 +530,24 @@ def test_what_does_not_fit_is_dropped_counted_and_marked_as_a_hole(tmp_path):
     counts = story.account["recorders"][0]
     assert counts["n_events_dropped"] > 0 and story.session.recorders[0].queue.most_bytes <= 150_000
     assert "BACKPRESSURE" in story.codes(BTC)
+
+
+def test_a_flood_that_the_disk_can_take_loses_nothing(tmp_path):
+    "Before anything is dropped the feed leaves the processor to the thread that writes"
+    of = replace(LISTINGS[0].of, venue="bybit")
+    frames = wire_frames("bybit", LISTINGS[:1], ["orderbook.50.BTCUSDT", "publicTrade.BTCUSDT"])
+    recorder = Recorder(tmp_path, {BTC: of}, "bybit.linear", queue_bytes=2_400_000)
+    intake = Intake(VENUES["bybit.linear"], {BTC: of}, recorder)
+    recorder.start()
+    now = intake.clock.now_ns()
+    for start in range(0, len(frames), 100):
+        for i, frame in enumerate(frames[start : start + 100]):
+            intake.queue.put(frame, now + start + i)
+        intake.drain()
+    counts = recorder.close()
+    assert intake.counts["n_waits"] and not intake.torn
+    assert (counts["n_frames"], counts.get("n_events_dropped", 0)) == (len(frames), 0)
+    assert sum(map(len, frames)) > recorder.queue.limit_bytes >= recorder.queue.most_bytes
 
 
 def test_a_full_disk_leaves_whole_segments_and_recording_goes_on_by_itself(tmp_path):

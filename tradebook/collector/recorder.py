@@ -148,6 +148,12 @@ def incident(self: Recorder, symbol: str, ts_ns: int, code: str, words: str):
 
 
 @patch
+def is_pressed(self: Recorder) -> bool:
+    "Tell whether the writing thread needs the time that the feed takes"
+    return not self.blocked and self.queue.n_bytes > self.queue.limit_bytes // 2
+
+
+@patch
 def has_room(self: Recorder) -> bool:
     "Tell whether recording keeps up again"
     return not self.blocked and self.queue.is_calm
