@@ -15,6 +15,7 @@ from numba import njit
 
 from ..base.clock import NS_PER_S
 from ..base.errors import DataError
+from ..base.look import BUY, INK, QUIET, SELL, dressed
 from .weights import uniqueness
 
 # %% ../../nbs/labels/06_outlook.ipynb #f137baa1
@@ -125,29 +126,35 @@ def outlook_table(
     return pd.DataFrame(found)
 
 # %% ../../nbs/labels/06_outlook.ipynb #67195038
+_BELOW = {"x": 0, "xanchor": "left", "yref": "container", "y": 0.01, "yanchor": "bottom"}
+
+
+def _over(figure, table, name):
+    "Lay the horizontal axis over what was varied, and the legend below it"
+    told = {"horizon_s": "horizon, seconds", "multiple": "distance, volatilities"}.get(name, name)
+    axis = {"type": "log", "tickvals": sorted(table[name].unique()), "title": told}
+    return figure.update_layout(xaxis=axis, legend=_BELOW, margin={"b": 92, "t": 56})
+
+
 def plot_foresight(
     table: pd.DataFrame,  # From `outlook_table`
     name: str = "horizon_s",  # The column that was varied
 ):  # -> plotly figure
-    "Draw what foresight keeps and how often it pays"
+    "Draw what foresight keeps, and below it how often it pays"
     import plotly.graph_objects as go
 
-    figure = go.Figure()
+    figure, share = go.Figure(), 100 * table["foresight_pays"]
     figure.add_scatter(x=table[name], y=table["foresight_bps"], name="kept by foresight, every row")
     figure.add_scatter(x=table[name], y=table["move_bps"], name="size of the move")
-    share = 100 * table["foresight_pays"]
-    figure.add_scatter(x=table[name], y=share, name="rows that pay, %", line_dash="dot", yaxis="y2")
-    figure.add_hline(y=0, line_width=1)
+    figure.add_scatter(x=table[name], y=share, name="rows that pay", line_dash="dot", yaxis="y2")
+    figure.add_hline(y=0, line_width=1, line_color=INK)
+    dressed(figure, "What foresight would keep, after costs", height=460)
     figure.update_layout(
-        title="What foresight would keep, after costs",
-        xaxis={"title": name, "type": "log"},
-        yaxis={"title": "bps a trade"},
-        yaxis2={"title": "% of rows", "overlaying": "y", "side": "right", "rangemode": "tozero"},
-        template="plotly_white",
-        height=380,
-        legend={"orientation": "h", "y": -0.25},
+        xaxis_anchor="y2",
+        yaxis={"title": "bps a trade", "domain": [0.42, 1]},
+        yaxis2={"title": "% of rows", "domain": [0, 0.3], "range": [0, 103], "dtick": 50},
     )
-    return figure
+    return _over(figure, table, name)
 
 # %% ../../nbs/labels/06_outlook.ipynb #c72221e9
 def plot_accuracy(
@@ -163,16 +170,11 @@ def plot_accuracy(
         ("accuracy_needed_when_it_pays", "trading only rows that pay"),
     ):
         figure.add_scatter(x=table[name], y=100 * table[column], name=label)
-    figure.add_hline(y=100, line_dash="dash", annotation_text="nobody is better than this")
-    figure.update_layout(
-        title="How often one must be right to earn nothing",
-        xaxis={"title": name, "type": "log"},
-        yaxis={"title": "% right"},
-        template="plotly_white",
-        height=340,
-        legend={"orientation": "h", "y": -0.3},
-    )
-    return figure
+    text = {"annotation_text": "nobody is better than this", "annotation_position": "top left"}
+    figure.add_hline(y=100, line_dash="dash", line_color=INK, **text)
+    dressed(figure, "How often one must be right to earn nothing", y="% right", height=380)
+    figure.update_yaxes(range=[45, 150])  # what lies above is impossible, however far
+    return _over(figure, table, name)
 
 # %% ../../nbs/labels/06_outlook.ipynb #20b4e1e3
 def balance_by_hour(
@@ -195,14 +197,8 @@ def plot_balance(
     import plotly.graph_objects as go
 
     table, figure = balance_by_hour(labels), go.Figure()
-    for name, color in (("down", "#e45756"), ("flat", "#bab0ac"), ("up", "#4c78a8")):
+    for name, color in (("down", SELL), ("flat", QUIET), ("up", BUY)):
         figure.add_bar(x=table["hour"], y=100 * table[name], name=name, marker_color=color)
-    figure.update_layout(
-        title="Labels by hour of the day",
-        xaxis={"title": "hour, UTC", "dtick": 2},
-        yaxis={"title": "% of the valid rows"},
-        barmode="stack",
-        template="plotly_white",
-        height=320,
-    )
-    return figure
+    dressed(figure, "Labels by hour of the day", "hour, UTC", "% of the valid rows", height=340)
+    figure.update_layout(barmode="stack", legend_traceorder="normal", margin_t=64)
+    return figure.update_xaxes(tickvals=table["hour"])

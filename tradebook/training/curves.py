@@ -116,12 +116,14 @@ def plot_decay(
         style = {"mode": "lines+markers", "line": {"color": BUY, "width": 1.6}, "showlegend": False}
         marker = {"symbol": symbol, "size": 7}
         figure.add_scatter(x=one[by], y=one["ic"].round(4), marker=marker, name=name, **style, **at)
-    what = {"horizon_s": "horizon, seconds", "age_s": "age of the feature, seconds"}.get(by, by)
+    what, axis = {
+        "horizon_s": ("horizon", "horizon, s"), "age_s": ("age of the feature", "age, s"),
+    }.get(by, (by, by))  # fmt: skip
     note = f"blue: this one alone; grey: {_trials(table)}; hollow: not found"
-    title = "Information coefficient by " + what.split(",")[0]
+    title = "Information coefficient by " + what
     dressed(figure, title, note=note, height=130 + 190 * n_rows).update_annotations(font_size=12)
     figure.update_yaxes(title_text="IC", col=1)
-    figure.update_xaxes(title_text=what, row=n_rows).update_xaxes(zeroline=False)
+    figure.update_xaxes(title_text=axis, row=n_rows).update_xaxes(zeroline=False)
     if by == "horizon_s":
         figure.update_xaxes(type="log", tickvals=sorted(table[by].unique()))
     return figure
