@@ -18,9 +18,10 @@ from tradebook.features.findings import (
     values_differ,
 )
 from .futures import probe_future
+from .leader import KIND_BESIDE, UNKNOWN, log_units
 from .rows import FeatureRows, FeatureStream, build_features, join_rows
 from .schema import FeatureSet, feature_set
-from ..market.events import KIND_CLEAR, KIND_GAP, KIND_LEVEL
+from ..market.events import KIND_LEVEL, KIND_QUOTE, KIND_TRADE
 from ..market.instruments import Instrument
 
 # %% ../../nbs/features/22_checks.ipynb #74e9b7a0
@@ -83,12 +84,16 @@ def check_stream(
     return demand(probe_stream(events, instrument, features, n_pieces, seed))
 
 # %% ../../nbs/features/22_checks.ipynb #5ba205c9
+def _priced(events):
+    "Which rows have a price in ticks"
+    return np.isin(events["kind"], (KIND_LEVEL, KIND_TRADE, KIND_QUOTE))
+
+
 def mirror_centre(
     events: np.ndarray,  # Rows of EVENT
 ) -> int:  # Ticks; a price p is seen at this minus p
     "Find where to put the mirror: twice the middle of all prices"
-    is_priced = (events["kind"] != KIND_GAP) & (events["kind"] != KIND_CLEAR)
-    stands = events["price_ticks"][is_priced & (events["size_lots"] > 0)]
+    stands = events["price_ticks"][_priced(events) & (events["size_lots"] > 0)]
     return 2 * int(np.median(stands)) if len(stands) else 0
 
 
@@ -110,7 +115,10 @@ def mirror_events(
     "Look at a market in the mirror"
     centre = mirror_centre(events) if centre is None else centre
     out = within_mirror(events, centre)
-    priced = (out["kind"] != KIND_GAP) & (out["kind"] != KIND_CLEAR)
+    priced, told = _priced(out), (out["kind"] == KIND_BESIDE) & (out["size_lots"] != UNKNOWN)
+    out["size_lots"][told] = (
+        2 * log_units(0.5 * centre) - out["size_lots"][told]
+    )  # a leader's price
     out["side"] = -out["side"]
     out["price_ticks"][priced] = np.maximum(centre - out["price_ticks"][priced], 0)
     return out

@@ -20,6 +20,7 @@ from tradebook.features.findings import (
     values_differ,
 )
 from .futures import book_message
+from .leader import KIND_BESIDE, UNKNOWN, log_units
 from .rows import FeatureRows, build_features
 from .schema import FeatureSet, feature_set
 from ..market.book import BOOK_LOCKED, KEY_MAX, apply_events, is_valid, new_book
@@ -55,6 +56,8 @@ def scale_events(
         raise DataError(f"{text}; leave out levels that far away")
     out["price_ticks"][rows] *= prices
     out["size_lots"][rows] *= sizes
+    told = (out["kind"] == KIND_BESIDE) & (out["size_lots"] != UNKNOWN)
+    out["size_lots"][told] += log_units(1.0 * prices)  # a leader's price, counted in own ticks
     return out
 
 # %% ../../nbs/features/24_claims.ipynb #2f751e54
@@ -108,6 +111,12 @@ BEAT_S = 0.1  # a start between two beats counts as the later one, or the earlie
 SETTLED = 0.1  # of a column's standard deviation: closer than this, a late start is forgotten
 
 
+def _last_told(events, at):
+    "What a leader said last before a row, as a list of none or one piece"
+    told = np.flatnonzero(events["kind"][:at] == KIND_BESIDE)[-1:]
+    return [events[told]] if len(told) else []
+
+
 class LateStart(NamedTuple):
     "A process that started in the middle beside one that always ran"
 
@@ -131,7 +140,8 @@ def late_start(
     ts = int(events["ts_recv"][begin])
     if not is_valid(book):
         return None
-    late = build(np.concatenate([book_message(book, ts), events[begin:]]), instrument, features)
+    known = *_last_told(events, begin), book_message(book, ts), events[begin:]
+    late = build(np.concatenate(known), instrument, features)
     old = full[len(full) - len(late) :]
     return LateStart((late.rows["ts"] - ts) / 1e9, late, old) if len(late) else None
 
@@ -232,7 +242,9 @@ def with_hole(
     now, before = int(ts[b]), int(ts[a - 1])
     gap = make_events(ts_recv=now, kind=KIND_GAP, size_lots=now - before, flags=FLAG_LAST)
     rest = np.concatenate([gap, book_message(book, now), events[b:]])
-    return np.concatenate([events[:a], rest]), rest
+    told = events[a:b][events["kind"][a:b] == KIND_BESIDE]  # a leader speaks on
+    known = np.concatenate([*_last_told(events, b), rest])
+    return np.concatenate([events[:a], told, rest]), known
 
 
 def _spoken(rows, features):

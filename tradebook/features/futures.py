@@ -12,6 +12,7 @@ import numpy as np
 
 from ..base.errors import DataError
 from .findings import Finding, Found, differences
+from .leader import KIND_BESIDE, UNKNOWN
 from .rows import FeatureRows, build_features
 from .schema import FeatureSet, feature_set
 from ..market.book import apply_events, is_valid, level_count, new_book, top_side
@@ -58,7 +59,7 @@ def _moved(rows, book, rng):
     shift = int(rng.integers(1, 51)) * (down if rng.random() < 0.5 else 1)
     shift *= is_valid(book)
     out["price_ticks"][is_level | is_trade] += shift
-    sized = is_level | is_trade | (out["kind"] >= KIND_MARK)
+    sized = is_level | is_trade | ((out["kind"] >= KIND_MARK) & (out["kind"] != KIND_BESIDE))
     out["size_lots"][sized] *= rng.integers(2, 9, sized.sum())
     out["side"][is_trade] *= -1
     out["ts_recv"] = t0 + (out["ts_recv"] - t0) * int(rng.integers(4, 17)) // 8
@@ -80,7 +81,18 @@ def _cut(rows, book, rng):
     return make_events(ts_recv=ts, kind=KIND_GAP, size_lots=hole_ns, flags=FLAG_LAST)
 
 
-FUTURES = {"cut": _cut, "moved": _moved, "hole": _holed}
+def _led(rows, book, rng):
+    "The same own market beside another leader: other prices, at other times, after a hole"
+    told = rows["kind"] == KIND_BESIDE
+    out = rows[~told | (rng.random(len(rows)) < 0.7)].copy()
+    told = out["kind"] == KIND_BESIDE
+    known = told & (out["size_lots"] != UNKNOWN)
+    out["size_lots"][known] += rng.integers(-(10**6), 10**6, known.sum())  # up to 100 bps
+    out["price_ticks"][told] += 1
+    return out
+
+
+FUTURES = {"cut": _cut, "moved": _moved, "hole": _holed, "leader": _led}
 
 # %% ../../nbs/features/21_futures.ipynb #a4293cab
 def other_future(
@@ -120,13 +132,15 @@ def probe_future(
     "Look for columns that depend on what was received later"
     features, rng = features or feature_set(), np.random.default_rng(seed)
     full, worst, n, n_values = build(events, instrument, features), {}, 0, 0
+    is_led = (events["kind"] == KIND_BESIDE).any()
+    kinds = [kind for kind in FUTURES if is_led or kind != "leader"]
     book, done = new_book(), 0
     for row in _sample(len(full), n_rows, rng):
         ts = int(full.rows["ts"][row])
         cut = int(np.searchsorted(events["ts_recv"], ts, side="right"))
         apply_events(book, events, done, cut)
         known, done = full[: row + 1], cut
-        for kind in FUTURES:
+        for kind in kinds:
             other = other_future(events, cut, book, kind, rng)
             made = build(other, instrument, features)[: row + 1]
             _keep(worst, differences("future", made, known, f"changes with the future ({kind})"))

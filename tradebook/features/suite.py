@@ -18,8 +18,9 @@ from .claims import probe_holes, probe_scale, probe_warm_up
 from .edges import probe_edges
 from .findings import Found
 from .futures import probe_future
+from .leader_checks import probe_leader
 from .rows import FeatureRows, build_features
-from .schema import FeatureSet, bar_groups, feature_set
+from .schema import FeatureSet, bar_groups, feature_set, pair_groups
 from ..market.events import FLAG_LAST, KIND_CLEAR
 from ..market.instruments import Instrument
 
@@ -43,6 +44,7 @@ CHECKS = {
     "hole": lambda e, of, fs, build: probe_holes(e, of, fs, build=build),
     "edges": lambda e, of, fs, build: probe_edges(of, fs, build=build),
     "bars": lambda e, of, fs, build: probe_bars(e, of, fs, build=build),
+    "leader": lambda e, of, fs, build: probe_leader(e, of, fs, build=build),
 }
 
 # %% ../../nbs/features/29_suite.ipynb #ef743b9b
@@ -82,8 +84,9 @@ def run_checks(
             text = f"a check must be one of {', '.join(CHECKS)}, was {name!r}"
             raise SettingsError(f"{text}; {nearest(name, CHECKS)}".rstrip("; "))
     bars = bar_groups(features)
-    idle = set() if bars else {"bars"}
-    idle |= {"edges"} if bars == features.groups and not features.own else set()
+    pairs = pair_groups(features)
+    idle = ({"bars"} if not bars else set()) | ({"leader"} if not pairs else set())
+    idle |= {"edges"} if set(features.groups) <= {*bars, *pairs} and not features.own else set()
     chosen = {n: c for n, c in CHECKS.items() if n in only or (not only and n not in idle)}
     chosen |= {n: partial(c, n_rows=n_rows, seed=seed) for n, c in chosen.items() if n == "future"}
     for k, (name, check) in enumerate(chosen.items()):
