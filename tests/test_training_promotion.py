@@ -19,7 +19,16 @@ from typer.testing import CliRunner
 
 from tradebook.base.errors import DataError, ModelError
 from tradebook.ops.verbs_models import models_app
-from tradebook.training.gate import Bounds, Judgement, Outcome, Reason, gain_of, judge, settle
+from tradebook.training.gate import (
+    Bounds,
+    Judgement,
+    Outcome,
+    Reason,
+    gain_of,
+    judge,
+    looks_at,
+    settle,
+)
 from tradebook.training.inspection import diff, flat, verify
 from tradebook.training.ledger import add_line, only_writer, read_lines
 from tradebook.training.model import fit_direction
@@ -183,6 +192,37 @@ def test_a_reader_between_marker_and_line_is_not_alarmed(five):
     promote(root, KEY, names[1])
     (root / KEY / "current").write_bytes(old)  # as a reader who looked at the marker first
     assert [row["version"] for row in Registry(root).history(KEY)] == names[:2]
+
+
+def test_who_comes_again_to_the_same_stretch_must_be_surer(tmp_path):
+    other = fit_direction(*drawn(seed=3), QUICK.with_overrides({"training.rounds": 3}))
+    more = fit_direction(*drawn(seed=4), QUICK.with_overrides({"training.rounds": 3}))
+    first = fit_direction(*drawn(), QUICK.with_overrides({"training.rounds": 3}))
+    names = [
+        publish(one, tmp_path, KEY, k * 10**9).version for k, one in enumerate((first, other, more))
+    ]
+    again = publish(
+        other, tmp_path, KEY, 9 * 10**9, is_promoted=False
+    ).version  # the same forest once more
+    promote(tmp_path, KEY, names[0])
+    rng, registry, looks = np.random.default_rng(0), Registry(tmp_path), []
+    old = outcome(rng, names[0], 300, 0.0)
+    for name in (names[1], again, names[2]):
+        looks.append(looks_at(registry.attempts(KEY), names[0], WINDOW, name))
+        new = outcome(rng, name, 300, -1.0)
+        settle(tmp_path, KEY, judge(new, old, WINDOW, n_looks=looks[-1]), "a test", 7)
+    assert looks == [1, 1, 2] and [a["n_looks"] for a in registry.attempts(KEY)] == looks
+    elsewhere = (WINDOW[1], WINDOW[1] + DAY)
+    assert looks_at(registry.attempts(KEY), names[0], elsewhere, "later-ff") == 1
+    assert looks_at(registry.attempts(KEY), names[0], WINDOW, "later-ff") == 3
+    lows, let_in = [], []
+    for n_looks in (1, 2, 5, 40):  # a challenger that is better, but not by much
+        rng = np.random.default_rng(5)
+        close = old._replace(version="b", net_bps=old.net_bps + rng.normal(0.55, 3.0, 300))
+        found = judge(close, old, WINDOW, n_looks=n_looks)
+        lows.append(found.low)
+        let_in.append(found.is_promoted)
+    assert lows == sorted(lows, reverse=True) and let_in[0] and not let_in[-1]
 
 
 def test_a_refused_attempt_changes_nothing_but_the_record(five):

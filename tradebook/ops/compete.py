@@ -21,7 +21,16 @@ from ..market.store import Store
 from .pipeline import open_stretch, replay, train_symbol
 from .progress import Stages
 from ..trader.feed import StoreFeed
-from ..training.gate import Bounds, Judgement, Outcome, Reason, bounds_of, judge, settle
+from tradebook.training.gate import (
+    Bounds,
+    Judgement,
+    Outcome,
+    Reason,
+    bounds_of,
+    judge,
+    looks_at,
+    settle,
+)
 from ..training.prediction import Predictor
 from ..training.registry import ModelVersion, Registry, symbol_key
 
@@ -124,7 +133,10 @@ def compete(
     feed, features = open_stretch(settings, venue, symbol, first_ns, stop_ns)
     window = int(feed.events["ts_recv"][0]), int(feed.events["ts_recv"][-1])
     shown = [showing(settings, m, feed, features) for m in sides]
-    return judge(shown[0], shown[1] if champion else None, window, bounds, known, has_edge)
+    tried = Registry(settings.path("data") / "models").attempts(challenger.symbol_key)
+    n_looks = looks_at(tried, champion and champion.version, window, challenger.version)
+    met = shown[1] if champion else None
+    return judge(shown[0], met, window, bounds, known, has_edge, n_looks)
 
 # %% ../../nbs/ops/25_compete.ipynb #6d63842c
 def train_and_compete(

@@ -35,7 +35,15 @@ from tradebook.training.contest import (
 )
 from ..training.drift import Drift, calibration_change, measure_drift
 from ..training.forward import fit_members, learner_used
-from ..training.gate import Judgement, Outcome, Reason, bounds_of, judge, settle
+from tradebook.training.gate import (
+    Judgement,
+    Outcome,
+    Reason,
+    bounds_of,
+    judge,
+    looks_at,
+    settle,
+)
 from ..training.learners import direction_lesson
 from ..training.metrics import time_blocks
 from ..training.model import DirectionModel, fit_direction
@@ -176,7 +184,9 @@ def judged(
     mine = _outcome(version.version, mine_p, labels, walked, first - 1)
     has_edge = model.move_slope_bps > 0
     needed = theirs if champion.rival else None
-    return judge(mine, needed, window, bounds, champion.reasons, has_edge), duel
+    tried = Registry(settings.path("data") / "models").attempts(version.symbol_key)
+    n_looks = looks_at(tried, needed and needed.version, window, version.version)
+    return judge(mine, needed, window, bounds, champion.reasons, has_edge, n_looks), duel
 
 # %% ../../nbs/ops/27_renewal.ipynb #e9f38644
 def gate_checks(
@@ -189,7 +199,8 @@ def gate_checks(
     other = "the champion" if found.champion else "not trading"
     against = {Reason.NOT_BETTER, Reason.NOT_SURE, Reason.TOO_FEW_POSITIONS}
     status = "fail" if lost & against else "warn" if Reason.NO_EDGE in lost else "pass"
-    ends = f"; 95 %: {found.low:+.1f} to {found.high:+.1f}" if np.isfinite(found.low) else ""
+    sure = f"95 %, attempt {found.n_looks}" if found.n_looks > 1 else "95 %"
+    ends = f"; {sure}: {found.low:+.1f} to {found.high:+.1f}" if np.isfinite(found.low) else ""
     bound = f"bps an hour over {other}, surely above {bounds.min_gain_bps_hour:g}{ends}"
     off = mine["calibration_error"]
     told = "not known" if off is None else f"{off:.3f}"
@@ -201,7 +212,7 @@ def gate_checks(
             "Calibration",
             "fail" if bad else "pass",
             told,
-            f"error, at most {bounds.max_calibration_error:g}",
+            f"error beyond chance, at most {bounds.max_calibration_error:g}",
         ),
         Check("Turnover", "fail" if pace > most else "pass", f"{pace:.1f}/h", f"at most {most:g}"),
     ]
