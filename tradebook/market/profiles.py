@@ -139,7 +139,10 @@ class _Hours:
 def _hour_table(found: _Hours, of: Instrument) -> pd.DataFrame:
     "Sum each hour up"
     samples = pd.DataFrame(np.concatenate(found.samples)) if found.samples else pd.DataFrame()
-    by_hour = samples.groupby(samples["ts"] // HOUR_NS).median() if len(samples) else samples
+    by_hour = samples
+    if len(samples):
+        grouped = samples.groupby(samples["ts"] // HOUR_NS)
+        by_hour = grouped.median().assign(spread_bps=grouped["spread_bps"].mean())
     scale = of.tick_size * of.lot_size * of.contract_size
     rows = []
     for hour, (n_events, n_messages, n_trades, n_gaps) in sorted(found.counts.items()):

@@ -116,5 +116,5 @@ def gaps_figure(
     )
     every = profile.hours[["n_gaps", "n_messages"]].sum()
     total = every["n_gaps"] / max(every["n_messages"], 1) * 1e6
-    title = f"Gaps in a million messages, by hour ({total:,.1f} in all)"
+    title = f"Gaps in a million messages ({total:,.4g} in all)"
     return styled(go.Figure(bars), title, "UTC", "gaps", 300).update_xaxes(type="date")
