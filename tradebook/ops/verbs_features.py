@@ -114,7 +114,6 @@ def events_to_check(
     from tradebook.features.suite import piece_of
     from tradebook.features.two_feeds import LeaderFeed, need_leader, read_beside
     from tradebook.market.events import merge_events
-    from tradebook.market.instruments import instrument
     from tradebook.market.store import Store
 
     most = minutes * 60, max(1_000_000, round(minutes * 50_000))  # seconds, events
@@ -144,7 +143,7 @@ def events_to_check(
         raise DataError(
             f"{venue} {symbol} has no event in that span; tradebook data list shows all"
         )
-    return piece_of(events, *most), instrument(venue, symbol), f"{venue} {symbol}"
+    return piece_of(events, *most), store.instrument(venue, symbol), f"{venue} {symbol}"
 
 # %% ../../nbs/ops/22_verbs_features.ipynb #bc597ae7
 _NEXT = (
