@@ -87,6 +87,12 @@ def has_begun(root, venue, n=200):
     return segments(root) and len(read_recorded(root, venue, BTC)) > n
 
 
+def latest(root):
+    "What happened last to the symbol, as the running collector tells it"
+    status = json.loads(Path(root, "collector", "bybit.json").read_bytes())
+    return status["feeds"][0]["symbols"][BTC]["latest"] or {}
+
+
 def segments(root):
     return sorted(Path(root, "segments").rglob(f"*{SUFFIX}"))
 
@@ -109,6 +115,10 @@ def test_killed_at_any_moment_it_loses_a_second_at_most_and_goes_on_the_same_day
         wait_for(lambda: has_begun(tmp_path, "bybit", len(kept) + 200))
         still = {path: hashlib.sha256(path.read_bytes()).digest() for path in before}
         assert still == before
+        second.send_signal(signal.SIGSTOP)  # a machine too busy to run it, or a laptop lid
+        time.sleep(4)
+        second.send_signal(signal.SIGCONT)
+        wait_for(lambda: latest(tmp_path).get("code") == "STALLED")
         second.send_signal(signal.SIGTERM)  # what a supervisor sends
         out, err = second.communicate(timeout=60)
     assert second.returncode == 0, err
@@ -119,7 +129,7 @@ def test_killed_at_any_moment_it_loses_a_second_at_most_and_goes_on_the_same_day
     assert (rows[: len(kept)] == kept).all()
     assert (rows["kind"] == KIND_GAP).sum() == 1 and rows["kind"][len(kept)] == KIND_GAP
     lines = read_incidents(incident_file(tmp_path, "bybit", BTC))
-    assert [row["code"] for row in lines] == ["CRASHED", "STOPPED"]
+    assert [row["code"] for row in lines] == ["CRASHED", "STALLED", "STOPPED"]  # nothing torn
     (hole,) = find_holes(store.parts())
     assert (lines[0]["ts_ns"], lines[0]["until_ns"]) == (hole.start_ns, hole.end_ns)
     checked = command("data", "check", "--data", tmp_path, "--json")
