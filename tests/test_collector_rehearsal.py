@@ -65,7 +65,8 @@ class Story:
                 if self.exchange.source.pace.is_shifted:
                     self.exchange.source.speed = 1e-9  # what has been said arrives, no more is
                     await asyncio.sleep(0.5)
-                    self.live = [s for s in self.instruments if self.feed.state(s) == "live"]
+                    if not any(s.is_half_open for s in self.exchange.sockets.values()):
+                        self.live = [s for s in self.instruments if self.feed.state(s) == "live"]
             finally:
                 self.session.stopped.set()
                 self.account = await asyncio.wait_for(task, 15)
