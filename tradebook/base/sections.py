@@ -86,6 +86,8 @@ class Labels(Section):
     barrier_volatility_multiple: float = _key(
         2.0, "Barriers' distance, volatilities over the horizon.", gt=0, le=100
     )
+    barrier_bps: float = _key(0.0, "Barriers' distance, bps; 0: by volatility.", ge=0, le=10_000)
+    is_maker: bool = _key(False, "Labels 'sides' enter and take profit by resting orders.")
 
 # %% ../../nbs/base/02_sections.ipynb #3973cc41
 class Training(Section):

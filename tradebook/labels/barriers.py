@@ -159,6 +159,9 @@ def make_labels(
     if settings.kind == "horizon":
         args = (settings.horizon_s, settings.dead_zone_bps, cost_bps, max_age_ms)
         return horizon_labels(rows, quotes, *args)
+    if settings.barrier_bps > 0:
+        distance, horizon_s = np.full(len(rows), settings.barrier_bps), settings.horizon_s
+        return barrier_labels(rows, quotes, distance, horizon_s, 1.0, cost_bps, max_age_ms)
     if volatility_bps is None:
         text = "volatility_bps is needed when labels.kind is 'barriers', was None"
         raise DataError(f"{text}; pass the feature volatility_60s_bps")

@@ -18,7 +18,7 @@ from ..base.settings import Settings
 from ..features.rows import FeatureRows
 from ..labels.barriers import barrier_labels, scale_volatility
 from ..labels.horizon import LABEL, horizon_labels
-from ..labels.sides import better_side, costs_of, side_outcomes
+from ..labels.sides import Costs, better_side, costs_of, side_outcomes
 from ..labels.trend import trend_labels
 from ..market.instruments import Instrument
 
@@ -42,17 +42,22 @@ class LabelSet:
     multiple: float = 2.0  # Distance of barriers, target and stop, volatilities over the horizon
     slippage_bps: float = 0.0  # Extra cost of each crossing fill, bps
     max_age_ms: int = 2000  # Longest silence that is not a hole, milliseconds
+    distance_bps: float = 0.0  # Distance of barriers, target and stop, bps; 0: by volatility
+    is_maker: bool = False  # Entry and target rest in the book; sides only
 
     @property
     def hash(self) -> str:  # 16 hex digits
         "Fingerprint everything that decides a label"
-        content = json.dumps([FORMULAS, asdict(self)], sort_keys=True)
+        later = {"distance_bps": 0.0, "is_maker": False}  # sets without them keep their hash
+        said = {k: v for k, v in asdict(self).items() if k not in later or v != later[k]}
+        content = json.dumps([FORMULAS, said], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     @property
     def look_ahead_ns(self) -> int:  # Nothing received later decides a label, ns
         "Say how far behind a row the market is looked at"
-        return round(self.horizon_s * NS_PER_S) + self.max_age_ms * NS_PER_MS
+        waits_s = Costs.patience_s if self.is_maker else 0.0
+        return round((self.horizon_s + waits_s) * NS_PER_S) + self.max_age_ms * NS_PER_MS
 
 # %% ../../nbs/training/11_label_sets.ipynb #66d5cfb2
 def label_set(
@@ -65,6 +70,8 @@ def label_set(
         known = ", ".join(map(repr, KINDS))
         hint = nearest(kind, KINDS)
         raise SettingsError(f"labels must be one of {known}, was {kind!r}; {hint}".rstrip("; "))
+    if chosen.is_maker and kind != "sides":
+        raise SettingsError(f"labels.is_maker is for labels 'sides', was true with {kind!r}")
     return LabelSet(
         kind=kind,
         horizon_s=chosen.horizon_s,
@@ -72,6 +79,8 @@ def label_set(
         multiple=chosen.barrier_volatility_multiple,
         slippage_bps=settings.backtest.slippage_bps,
         max_age_ms=settings.features.max_age_ms,
+        distance_bps=chosen.barrier_bps if kind in ("barriers", "sides") else 0.0,
+        is_maker=chosen.is_maker,
     )
 
 # %% ../../nbs/training/11_label_sets.ipynb #f18a5418
@@ -79,20 +88,25 @@ VOLATILITY = "volatility_60s_bps"
 SHORTEST = 0.2  # Shortest span of a trend, as a share of the horizon
 
 
-def _volatility(labels, features):
-    "Volatility over the horizon at each row, bps; NaN where unknown"
+def _distance(labels, features):
+    "A distance at each row, bps, NaN where unknown, and how often it is taken"
+    if labels.distance_bps > 0:
+        return np.full(len(features), labels.distance_bps), 1.0
     if VOLATILITY not in features.feature_set.names:
         text = f"labels {labels.kind!r} need the feature {VOLATILITY}"
         name = features.feature_set.name
         raise DataError(f"{text}, set {name!r} has none; choose another --features or --labels")
-    return scale_volatility(features.column(VOLATILITY), 60.0, labels.horizon_s)
+    volatility = scale_volatility(features.column(VOLATILITY), 60.0, labels.horizon_s)
+    return volatility, labels.multiple
 
 
 def _sides(labels, features, quotes, of):
     "Labels by the side that pays more, target and stop at the same distance"
-    distance = labels.multiple * _volatility(labels, features)
+    distance, multiple = _distance(labels, features)
+    distance = multiple * distance
     distance = np.where(distance > 0, distance, np.nan)
-    costs = costs_of(of, slippage_bps=labels.slippage_bps)
+    way = {"is_entry_maker": labels.is_maker, "is_target_maker": labels.is_maker}
+    costs = costs_of(of, slippage_bps=labels.slippage_bps, **way)
     given = distance, distance, labels.horizon_s, costs, labels.max_age_ms
     return better_side(*(side_outcomes(features.rows, quotes, side, *given) for side in (1, -1)))
 
@@ -111,9 +125,8 @@ def label_rows(
     if labels.kind == "horizon":
         return horizon_labels(rows, quotes, horizon_s, labels.dead_zone_bps, cost_bps, age)
     if labels.kind == "barriers":
-        volatility = _volatility(labels, features)
-        given = volatility, horizon_s, labels.multiple, cost_bps, age
-        return barrier_labels(rows, quotes, *given)
+        distance, multiple = _distance(labels, features)
+        return barrier_labels(rows, quotes, distance, horizon_s, multiple, cost_bps, age)
     if labels.kind == "trend":
         return trend_labels(rows, quotes, SHORTEST * horizon_s, horizon_s, cost_bps, age).labels
     return _sides(labels, features, quotes, of)
