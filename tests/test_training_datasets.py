@@ -108,16 +108,21 @@ def test_days_put_together_are_one_pass(tmp_path, three_days, features):
     same_labels(data.labels, label_rows(MINUTE, whole, quotes(events), OF))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+ASKED = {kind: LabelSet(kind, 60.0) for kind in KINDS}
+ASKED["barriers, bps"] = LabelSet("barriers", 60.0, distance_bps=3.0)
+ASKED["sides, maker"] = LabelSet("sides", 60.0, distance_bps=3.0, is_maker=True)
+
+
+@pytest.mark.parametrize("kind", ASKED)
 def test_labels_of_all_kinds_look_over_midnight(home, three_days, kind):
-    asked = LabelSet(kind, 60.0)
+    asked = ASKED[kind]
     made = build(home, replace(EVERYTHING, labels=asked))
     data = load_dataset(home / "datasets", made.id)
     whole = build_features(three_days, OF, EVERYTHING.features)
     slow = label_rows(asked, whole, quotes(three_days), OF)
     same_labels(data.labels, slow)
     late = (data.ts < MIDNIGHT_NS) & (data.labels["ts_end"] > MIDNIGHT_NS)
-    assert late.sum() > 5 or kind in ("barriers", "sides")
+    assert late.sum() > 5 or asked.kind in ("barriers", "sides")
 
 
 def test_days_that_arrive_one_by_one_give_the_same(home, three_days, tmp_path):
@@ -154,11 +159,11 @@ def test_what_is_unchanged_is_not_touched(home):
 @settings(
     max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-@given(share=st.floats(0.02, 0.98), kind=st.sampled_from(sorted(KINDS)))
+@given(share=st.floats(0.02, 0.98), kind=st.sampled_from(sorted(ASKED)))
 def test_a_stretch_knows_nothing_from_its_end_on(home, three_days, share, kind):
     events = three_days[three_days["ts_recv"] < MIDNIGHT_NS + 250 * NS_PER_S]
     first, last = int(events["ts_recv"][0]), int(events["ts_recv"][-1])
-    stop_ns, asked = first + round(share * (last - first)), LabelSet(kind, 50.0)
+    stop_ns, asked = first + round(share * (last - first)), replace(ASKED[kind], horizon_s=50.0)
     made = build(home, replace(EVERYTHING, stop_ns=stop_ns, labels=asked))
     data = load_dataset(home / "datasets", made.id)
     earlier = events[events["ts_recv"] < stop_ns]
