@@ -178,7 +178,7 @@ def test_a_crossed_book_and_unreadable_messages_cost_one_book_each(tmp_path):
 
     async def script(story):
         await story.ready()
-        story.exchange.fault("cross_book", symbol=PAIR, count=5)
+        story.exchange.fault("cross_book", symbol=PAIR, count=60)
         for n, way in enumerate(("cut", "text", "binary", "word", "list"), 1):
             story.exchange.fault("malformed", symbol="ETH/USDT", way=way)
             await story.healed(ETH, "FRAME_MALFORMED", n)
@@ -187,9 +187,11 @@ def test_a_crossed_book_and_unreadable_messages_cost_one_book_each(tmp_path):
         await story.until(lambda: story.feed.state(BTC) == "live", what="live")
         await asyncio.sleep(0.3)
 
-    story = tell(tmp_path, script, **KRAKEN)
+    story = tell(tmp_path, script, speed="15x", **KRAKEN)
     assert story.codes(BTC)[0] in ("SEQ_GAP", "FRAME_MALFORMED")
     assert "CHECKSUM_BAD" not in story.codes(BTC)
+    crossed = story.tally(BTC, "SEQ_GAP")
+    assert story.faults[0]["n_touched"] == 60 and crossed <= 12  # asked for in growing waits
     assert set(story.codes(ETH)) == {"FRAME_MALFORMED"}
     check_whole_books(story)
 
