@@ -17,9 +17,10 @@ from tradebook.collector.wire_files import read_frames
 from tradebook.features.checks import mirror_events, probe_mirror, probe_stream
 from tradebook.features.claims import probe_holes, probe_scale, probe_warm_up, scale_events
 from tradebook.features.columns import Feature
-from tradebook.features.edges import SCENES, probe_edges, scene_events
+from tradebook.features.edges import AGAIN_S, ODD_S, SCENES, probe_edges, scene_events
 from tradebook.features.futures import FUTURES, other_future, probe_future
 from tradebook.features.health import FeatureHealth, range_from, range_record, training_range
+from tradebook.features.messages import book_tops, features_of_tops, message_features
 from tradebook.features.rows import build_features
 from tradebook.features.schema import feature_set, plus
 from tradebook.features.suite import CHECKS, piece_of, run_checks
@@ -249,3 +250,28 @@ def test_features_as_commands():
     assert done.returncode == 0, done.stderr
     assert {c["check"] for c in json.loads(done.stdout)["checks"]} == set(CHECKS) - {"bars"}
     assert tradebook("check", "--features", "nope").returncode == 2
+
+
+@pytest.mark.parametrize("fault, check", [("leak", "future"), ("abs", "mirror")])
+def test_a_fault_planted_through_the_command_ends_with_6_and_names_the_column(fault, check):
+    words = ("--synthetic", "--features", "minimal", "--minutes", "2", "--rows", "2", "--json")
+    done = tradebook("check", *words, "--plant", fault)
+    told = json.loads(done.stdout)
+    assert done.returncode == 6 and [c["check"] for c in told["checks"]] == [check]
+    assert [f["feature"] for f in told["checks"][0]["findings"]] == ["microprice_offset_bps"]
+
+
+def test_a_price_of_zero_and_huge_sizes_break_nothing():
+    "A book at zero is unknown, in rows and at every message; what is far and large does not wrap"
+    by_name = {scene.name: scene for scene in SCENES}
+    for name in ("bid at zero", "locked at zero"):
+        events = scene_events(by_name[name])
+        made, (ts, x) = build_features(events, SYN, DESK), message_features(events)
+        odd = (made.rows["ts"] >= ODD_S * 10**9) & (made.rows["ts"] < AGAIN_S * 10**9)
+        assert np.isnan(made.x[odd]).all() and not np.isnan(made.x[~odd]).all()
+        assert np.isnan(x[(ts >= ODD_S * 10**9) & (ts < AGAIN_S * 10**9)]).all()
+        np.testing.assert_array_equal(x, features_of_tops(book_tops(events)))
+        assert not np.isinf(made.x).any() and not np.isinf(x).any()
+    far = build_features(scene_events(by_name["huge and far"]), SYN, DESK)
+    for column in ("depth_distance_bps", "depth_20", "bid_queue", "bid_slope"):
+        assert (far.column(column)[far.rows["status"] <= BOOK_LOCKED] >= 0).all(), column
