@@ -248,7 +248,10 @@ def test_features_as_commands():
     words = ("--synthetic", "--features", "minimal", "--minutes", "2", "--rows", "2", "--json")
     done = tradebook("check", *words)
     assert done.returncode == 0, done.stderr
-    assert {c["check"] for c in json.loads(done.stdout)["checks"]} == set(CHECKS) - {"bars", "leader"}
+    assert {c["check"] for c in json.loads(done.stdout)["checks"]} == set(CHECKS) - {
+        "bars",
+        "leader",
+    }
     assert tradebook("check", "--features", "nope").returncode == 2
 
 
