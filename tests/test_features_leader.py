@@ -1,5 +1,6 @@
 """A second market beside the book: as received, blind to the future, one pass however cut, refused by name."""
 
+import shutil
 from dataclasses import replace
 from itertools import pairwise
 
@@ -204,8 +205,11 @@ def chosen(folder, **more):
     )
 
 
-def test_days_of_a_data_set_go_on_over_midnight_and_change_with_the_leader(home, world, whole):
-    folder, of = home
+def test_days_of_a_data_set_go_on_over_midnight_and_change_with_the_leader(
+    home, world, whole, tmp_path
+):
+    folder, of = tmp_path, home[1]
+    shutil.copytree(home[0] / "market", folder / "market")
     labels = LabelSet("horizon", 2.0)
     request = Request((("synthetic", of.symbol),), None, None, LED, labels)
     built = build_dataset(folder / "market", folder / "datasets", request)
@@ -217,6 +221,14 @@ def test_days_of_a_data_set_go_on_over_midnight_and_change_with_the_leader(home,
     assert verify_dataset(folder / "market", folder / "datasets", built.id) == []
     again = build_dataset(folder / "market", folder / "datasets", request)
     assert {d.word for done in again.done.values() for d in done} == {"kept"}
+    later = world[0].events[-200:].copy()  # the leader speaks on, the own market does not
+    later["ts_recv"] += 10 * NS_PER_S
+    later = later[message_starts(later)[1] :]
+    Store(folder / "market").write(later, world[0].instrument, "made")
+    again = build_dataset(folder / "market", folder / "datasets", request)
+    told = [d for done in again.done.values() for d in done if d.kind == "features"]
+    assert [(d.word, d.why) for d in told] == [("kept", ""), ("rebuilt", "leader changed")]
+    assert load_dataset(folder / "datasets", again.id).x.tobytes() == data.x.tobytes()
 
 
 def test_a_leader_that_is_missing_too_short_or_the_market_itself_is_refused_by_name(home):

@@ -188,7 +188,7 @@ def feature_inputs(
         store, stop_ns = Store(recipe.store), plan.start_ns + DAY_NS
         begin_ns = plan.start_ns - (0 if opening else DAY_NS)
         near = [p for p in store.parts(*leader) if p.end_ns >= begin_ns and p.start_ns < stop_ns]
-        inputs["leader"] = [asdict(store.instrument(*leader)), *(p.sha256 for p in near)]
+        inputs["leader"] = [store.instrument(*leader).tick_size, *(p.sha256 for p in near)]
     return inputs | {"features": recipe.features.hash, "last_row_ns": last_ns // step_ns * step_ns}
 
 # %% ../../nbs/training/13_days.ipynb #0b90a2e6
