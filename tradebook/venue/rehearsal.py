@@ -11,6 +11,7 @@ import asyncio
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from ..base.errors import DataError, SettingsError, nearest
 from .rehearsal_binance import Binance
@@ -47,7 +48,8 @@ def source_listings(
             return synthetic_listings(tuple(symbols) or made, duration_s, seed)
         names = tuple(coin + made[0].removeprefix("BTC") for coin in COINS)
         return world_listings(other, tuple(symbols) or names, duration_s, seed)
-    return stored_listings(root, other or venue, tuple(symbols))
+    inside = Path(root) / "market"  # a data root, as collect and import fill it
+    return stored_listings(inside if inside.is_dir() else root, other or venue, tuple(symbols))
 
 
 def parse_speed(
