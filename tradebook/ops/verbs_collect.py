@@ -167,7 +167,13 @@ def _send_all(texts, port) -> Answer:
     "Send faults, or name those that there are"
     if "list" in texts:
         return fault_list()
-    done = [send_fault(text, port) for text in texts]
+    done = []
+    for text in texts:
+        try:
+            done.append(send_fault(text, port))
+        except SettingsError as error:
+            before = "; ".join(map(_sent_text, done)) or "nothing"
+            raise SettingsError(f"{error}; sent before it: {before}") from None
     return Answer({"ok": True, "sent": done}, "\n".join(map(_sent_text, done)))
 
 # %% ../../nbs/ops/21_verbs_collect.ipynb #091faa9f
