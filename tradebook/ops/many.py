@@ -96,20 +96,20 @@ def fit_lines(
     told = f"{', '.join(map(str, facts['rounds']))} trees"
     if spread := facts.get("spread"):
         told += f"; members differ by {spread['median']:.4f} in the median"
-    lines = [f"{'forests':<22}{told}"]
+    lines = [f"{'forests':<24}{told}"]
     loss = f"{facts['log_loss_before']:.4f} before the curve, {facts['log_loss']:.4f} after"
-    lines.append(f"{'log loss':<22}{loss}")
+    lines.append(f"{'log loss':<24}{loss}")
     own = facts.get("thresholds") or {}
     if own:
         bound = own["min_confidence"]
         said = "do not trade" if bound is None else f"trade from {bound:.3f} on"
         brought = f"{own['total_bps']:+.1f} bps in {own['n']} trades at bounds chosen before them"
-        lines.append(f"{'own bound':<22}{said}; {brought}")
+        lines.append(f"{'own bound':<24}{said}; {brought}")
     if search := facts.get("trials", {}).get("search"):
         found = f"{search['n_trials']} tries, {search['n_pruned']} given up early"
-        lines.append(f"{'search':<22}{found}, best AUC {search['score']:.3f} in the older half")
+        lines.append(f"{'search':<24}{found}, best AUC {search['score']:.3f} in the older half")
     if meta := facts.get("meta"):
-        lines.append(f"{'take or skip':<22}{meta.get('why_not') or _gained(meta)}")
+        lines.append(f"{'take or skip':<24}{meta.get('why_not') or _gained(meta)}")
     return lines
 
 
@@ -127,7 +127,7 @@ def trained_lines(
 ) -> str:  # A line a canary, an opponent and a finding; empty without any
     "Write canaries, opponents and honesty as lines"
     lines = [
-        f"{one['code']:<22}{one['status']}: {one['value']}" for one in facts.get("canaries", [])
+        f"{one['code']:<24}{one['status']}: {one['value']}" for one in facts.get("canaries", [])
     ]
     fights = facts.get("opponents") or []
     lines += [duel_line(row) for row in duel_rows(fights).to_dict("records")]
@@ -135,10 +135,10 @@ def trained_lines(
     lines += fit_lines(facts)
     found = facts.get("honesty") or {}
     if found.get("findings"):
-        lines.append(f"{'trials':<22}{found['n_trials']} variants over this stretch in the journal")
+        lines.append(f"{'trials':<24}{found['n_trials']} variants over this stretch in the journal")
     for one in found.get("findings", []):
         told = f"{one['status']}: {one['value']}, {one['bound']}"
-        lines.append(f"{one['name'].lower():<22}{told}")
+        lines.append(f"{one['name'].lower():<24}{told}")
     return "\n".join(lines)
 
 # %% ../../nbs/ops/30_many.ipynb #0256e32d

@@ -100,7 +100,7 @@ def chosen_market(settings, venue: str, symbol: str) -> tuple[str, str]:
 
 def value_lines(found: dict) -> str:
     "Write plain values one a line"
-    return "\n".join(f"{k:<22}{v}" for k, v in found.items() if not isinstance(v, (dict, list)))
+    return "\n".join(f"{k:<24}{v}" for k, v in found.items() if not isinstance(v, (dict, list)))
 
 
 @contextmanager

@@ -143,11 +143,11 @@ def models_show(
     tries = [r for r in registry.attempts(key) if r["version"] == found]
     told = {k: v for k, v in row.items() if k != "thresholds"}
     told["auc"] = f"{row['auc']:.3f}" if row["auc"] is not None else "not measurable"
-    lines = [f"{name:<22}{value}" for name, value in told.items()]
+    lines = [f"{name:<24}{value}" for name, value in told.items()]
     lines += fit_lines(model_facts(model))
     for r in [*tries, *changes_of]:
         what = r.get("action") or ("attempt, let in" if r["is_promoted"] else "attempt, refused")
-        lines.append(f"{what:<22}by {r.get('who') or '?'}: {', '.join(r.get('reasons', ()))}")
+        lines.append(f"{what:<24}by {r.get('who') or '?'}: {', '.join(r.get('reasons', ()))}")
     data = {"ok": True, "market": key, **row, "attempts": tries, "changes": changes_of}
     return Answer(
         {**data, "facts": facts}, "\n".join([*lines, "Next: tradebook models diff current latest."])
