@@ -154,6 +154,11 @@ def test_why_finds_the_newest_demo_of_the_project(tmp_path):
     assert done.returncode == 0 and run_id in done.stdout and str(place) in done.stdout
 
 
+def heed_ctrl_c():
+    "A job in the background is started deaf to it, and its children too"
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_ends_clean_with_130(root, number, tmp_path):
     "Stopped in the middle of work: a short message, no traceback, the run is on record"
@@ -167,7 +172,8 @@ def test_ctrl_c_ends_clean_with_130(root, number, tmp_path):
         "--data",
         str(root),
     ]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, **pipes, preexec_fn=heed_ctrl_c)
     said = []
     for line in process.stderr:
         said.append(line)
