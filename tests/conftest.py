@@ -10,11 +10,6 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def pytest_xdist_auto_num_workers(config):
-    "Workers of `-n auto`: one more than cores, since many tests wait for a socket or a process"
-    return (os.cpu_count() or 1) + 1
-
-
 @pytest.fixture(scope="session")
 def recordings():
     "The folder of real recordings beside the project; tests that need it skip where it is absent"
