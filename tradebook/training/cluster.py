@@ -64,6 +64,19 @@ def identity() -> dict[str, str]:  # Package to version; "code" to a fingerprint
     return found | {name: version(name) for name in packages}
 
 # %% ../../nbs/training/44_cluster.ipynb #8991dd20
+async def _name_of(address: str, wait_s: float) -> str:
+    "Ask whoever listens at an address what it is"
+    import distributed
+
+    known = distributed.Security().get_connection_args("client")
+
+    async def ask() -> str:
+        async with distributed.rpc(address, timeout=wait_s, connection_args=known) as there:
+            return (await there.identity())["type"]
+
+    return await asyncio.wait_for(ask(), wait_s)
+
+# %% ../../nbs/training/44_cluster.ipynb #c6d872cb
 def connect(
     address: str,  # Of a Dask scheduler, such as tcp://127.0.0.1:8786
     wait_s: float = 10.0,  # How long to wait for it, seconds
@@ -77,6 +90,9 @@ def connect(
         )
     reach = lambda: distributed.Client(address, timeout=wait_s, set_as_default=False)  # noqa: E731
     try:
+        name = within(wait_s + 2, lambda: asyncio.run(_name_of(address, wait_s)))
+        if name != "Scheduler":
+            raise TypeError(f"a {name} answered there")
         client = within(wait_s + 2, reach)
     except Exception as failure:  # what is not a scheduler may say anything
         text = f"--dask {address}: no scheduler answered within {wait_s:g} s"
