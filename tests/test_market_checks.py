@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,7 @@ from tradebook.market.snapshots import read_snapshots
 from tradebook.market.store import Store
 from tradebook.market.synthetic import synthetic_market
 from tradebook.ops.cli import app
+from tradebook.ops.quality import calendar_rows
 from tradebook.ops.runner import run_report
 
 S = 10**9
@@ -571,3 +573,18 @@ def test_report_says_what_the_check_says(root, made, tmp_path):
     assert "WS_SILENT" in page and "Coverage by day and hour" in page
     with pytest.raises(ReportError, match=r"unknown parameter 'symbols'.*did you mean 'symbol'"):
         run_report("data_quality", {"symbols": "x"}, out=tmp_path / "no")
+
+
+def test_the_calendar_keeps_to_the_window_and_tells_markets_apart(made, tmp_path):
+    store, hour_ns = Store(tmp_path), 3600 * S
+    first = int(made.events["ts_recv"][0])
+    for k, venue in enumerate(("one", "other")):
+        events = made.events.copy()
+        for name in ("ts_recv", "ts_event"):
+            events[name] += k * 6 * hour_ns
+        store.write(events, replace(made.instrument, venue=venue), venue)
+    whole = calendar_rows(store)
+    assert set(whole["row"].str.partition(" ")[0]) == {"one", "other"}
+    cut = calendar_rows(store, first + hour_ns // 12, first + hour_ns // 6)
+    assert len(cut) == 1 and cut["row"][0].startswith("one ") and cut["coverage"][0] == 1
+    assert len(calendar_rows(store, first + 2 * hour_ns, first + 3 * hour_ns)) == 0

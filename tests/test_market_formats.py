@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import zipfile
 
 import numpy as np
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 
 from tradebook.base.errors import DataError
 from tradebook.collector.capture_files import CAPTURE_WIRES, read_captures
-from tradebook.collector.formats import FORMATS
+from tradebook.collector.formats import FORMATS, recognise
 from tradebook.collector.wire_files import read_frames, read_ob500
 from tradebook.market.events import (
     EVENT,
@@ -568,6 +569,50 @@ def test_refused_rows_are_kept_and_told_by_the_verb(tmp_path):
     assert code == 0 and report["refused"] == {"value not readable": 1}
     aside = (tmp_path / "root/refused/value_not_readable.jsonl").read_text().splitlines()
     assert [json.loads(row)["line"] for row in aside] == [4]
+
+
+def test_each_file_of_a_mixed_folder_finds_its_own_reader(tmp_path):
+    "No format is named: Tardis plain and gzip, an array, a book, candles, and what nobody can read"
+    market, folder = synthetic_market(seed=5, duration_s=20), tmp_path / "my data ö"
+    told = write_tardis(market.events, market.instrument, folder / "sub")
+    trades = next(path for path in told["files"] if "trades" in path)
+    (folder / "plain.csv").write_bytes(gzip.open(trades).read())
+    os.remove(trades)
+    write_hftbacktest(market.events, market.instrument, folder / "day.npz")
+    book = {"timestamp": 1_700_000_000, "bids": [["1.5", "2"]], "asks": [["1.6", "2"]]}
+    (folder / "book.json.gz").write_bytes(gzip.compress(json.dumps(book).encode()))
+    candles = pd.DataFrame({"date": [1_700_000_000_000 // 3_600_000 * 3_600_000], "volume": 1.0})
+    candles = candles.assign(open=1.5, high=1.5, low=1.5, close=1.5)
+    candles.to_csv(folder / "binance_BTC_USDT-1h.csv", index=False)
+    candles.to_feather(folder / "ETH_USDT-1h.feather")
+    wrong = gzip.compress(b"exchange,symbol,timestamp,local_timestamp,ask_price\n1,2,3,4,5\n")
+    (folder / "quotes.csv.gz").write_bytes(wrong)
+    for name in ("empty.csv", "empty.gz", "empty.parquet", "empty.npz", "empty.zip"):
+        (folder / name).write_bytes(b"")
+    names = ("--venue", "made", "--symbol", "FOO/USDT:USDT", "--data", tmp_path / "root")
+    (folder / "ETH_USDT-1h.feather").rename(tmp_path / "ETH_USDT-1h.feather")
+    code, told, said = verb("import", folder, *names)
+    assert code == 0, said
+    kinds = {name: r["n_events"] for r in told["imports"] for name in r["sources"]}
+    assert all(kinds[name] for name in ("plain.csv", "day.npz", "book.json.gz"))
+    assert told["imports"][-1]["refused"] == {"unknown kind of file": 6}
+    own = [r for r in told["imports"] if r["venue"] == market.instrument.venue]
+    assert [len(r["sources"]) for r in own] == [2]  # Tardis names its market itself
+    code, told, said = verb("import", tmp_path / "ETH_USDT-1h.feather", "--data", tmp_path / "two")
+    assert code == 3 and "--venue" in said
+
+
+@pytest.mark.recordings
+def test_each_recording_is_recognised_by_its_content(recordings):
+    found = {}
+    for path in sorted(recordings.rglob("*")):
+        if path.is_file() and path.parent.name != "fixtures":
+            found.setdefault(path.parent.name, set()).add(recognise(path))
+    assert found == {
+        "data": {""}, "binance": {"binance-raw"}, "bybit": {"bybit-ob500"}, "coinbase": {"auto"},
+        "standx": {"auto"}, "wire": {"cryptofeed"}, "binance_spot_1h": {"freqtrade"},
+        "binance_spot_4h": {"freqtrade"}, "binance_usdm": {"freqtrade"},
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -43,13 +43,14 @@ class ImportJob:
 
 # %% ../../nbs/collector/11_folder.ipynb #12a63b1e
 def plan_imports(
-    path: str | Path,  # A folder, searched with its subfolders, or one file
+    path: str | Path | list[Path],  # A folder, searched with its subfolders, one file, or files
 ) -> list[ImportJob]:  # In the order in which they must be read; unknown files last, as one job
     "Find what can be imported, and what goes with what"
-    path = Path(path)
-    if not path.exists():
+    files = sorted(path) if isinstance(path, list) else [Path(path)]
+    if not files[0].exists():
         raise DataError(f"path must be a folder or file of recordings, {path} does not exist")
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    if files[0].is_dir():
+        files = sorted(p for p in files[0].rglob("*") if p.is_file())
     groups, unknown = {}, {}
     for file in files:
         try:
@@ -86,7 +87,7 @@ def read_job(
 
 # %% ../../nbs/collector/11_folder.ipynb #b75598c9
 def import_folder(
-    path: str | Path,  # A folder, searched with its subfolders, or one file
+    path: str | Path | list[Path],  # A folder, searched with its subfolders, one file, or files
     store: Store,  # Where the events go
     out_folder: str | Path,  # Refused rows go to <out_folder>/refused/
     progress: Callable[[int, int, str], None]

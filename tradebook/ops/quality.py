@@ -77,18 +77,32 @@ def example_data(
     return Path(folder)
 
 # %% ../../nbs/ops/20_quality.ipynb #9bd4c1d7
+def _calendar(parts, start_ns, stop_ns):
+    "Coverage of one market by the hour within a window; None where it has nothing there"
+    begin, end = parts[0].start_ns, max(p.end_ns for p in parts) + 1
+    begin = begin if start_ns is None else max(begin, start_ns)
+    end = end if stop_ns is None else min(end, stop_ns)
+    return cover_hours(find_holes(parts), begin, end) if begin < end else None
+
+
 def calendar_rows(
     store: Store,  # Where the markets lie
+    start_ns: int | None = None,  # First moment, ns UTC; None: the beginning
+    stop_ns: int | None = None,  # End, exclusive, ns UTC; None: the end
 ) -> pd.DataFrame:  # row (market and day), hour, coverage, n_holes
     "Tell the coverage of each market, day and hour"
     tables = []
-    for venue, symbol in dict.fromkeys((p.venue, p.symbol) for p in store.parts()):
-        parts = store.parts(venue, symbol)
-        end = max(p.end_ns for p in parts) + 1
-        table = cover_hours(find_holes(parts), parts[0].start_ns, end)
-        table.insert(0, "row", f"{symbol} " + table.pop("date"))
+    markets = list(dict.fromkeys((p.venue, p.symbol) for p in store.parts()))
+    for venue, symbol in markets:
+        table = _calendar(store.parts(venue, symbol), start_ns, stop_ns)
+        if table is None:
+            continue
+        is_twice = sum(symbol == other for _, other in markets) > 1
+        name = f"{venue} {symbol}" if is_twice else symbol
+        table.insert(0, "row", f"{name} " + table.pop("date"))
         tables.append(table)
-    return pd.concat(tables, ignore_index=True)
+    empty = pd.DataFrame(columns=["row", "hour", "coverage", "n_holes"])
+    return pd.concat(tables, ignore_index=True) if tables else empty
 
 # %% ../../nbs/ops/20_quality.ipynb #2589b558
 class DataEvidence(NamedTuple):
@@ -118,7 +132,7 @@ def gather_data(
     window = (parse_utc(start) if start else None, parse_utc(stop) if stop else None)
     checked = check_market(store, *market, *window)
     profile = profile_market(store, *market, *window)
-    return DataEvidence(Path(data), checked, profile, calendar_rows(store))
+    return DataEvidence(Path(data), checked, profile, calendar_rows(store, *window))
 
 # %% ../../nbs/ops/20_quality.ipynb #abe6ca15
 _STATUS = {"ok": "pass", "warn": "warn", "fail": "fail"}
