@@ -29,11 +29,11 @@ except ModuleNotFoundError:
 
 from tradebook.features.columns import FAMILIES
 from tradebook.features.flow import emit_flow, flow_beat
-from tradebook.features.kernel import new_state
 from tradebook.features.price import MID, emit_price
 from tradebook.features.rows import FeatureStream, build_features
 from tradebook.features.schema import feature_set
 from tradebook.features.shape import depth_step, level_size, typical_size
+from tradebook.features.state import new_state
 from tradebook.features.tape import SIGNED, TRADES, VOLUME, emit_tape
 from tradebook.features.timing import CHANGES, MESSAGES, emit_timing
 from tradebook.features.volatility import emit_volatility, volatility_beat

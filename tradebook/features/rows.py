@@ -17,9 +17,10 @@ from ..base.errors import DataError
 from .bars import N_ENDED
 from .beside import BarColumns
 from .desk import new_desk
-from .kernel import ROW, advance, join_formulas, new_state, run
+from .kernel import ROW, advance, join_formulas, run
 from .leader import KIND_BESIDE
 from .schema import FeatureSet, feature_set, need_source
+from .state import new_state
 from ..market.book import BOOK_LOCKED, new_book
 from ..market.events import EVENT, message_starts
 from ..market.instruments import Instrument

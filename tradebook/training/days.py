@@ -23,9 +23,9 @@ from filelock import FileLock
 
 import tradebook
 from ..base.errors import DataError
-from ..features.kernel import IS_OPEN, SEGMENT
 from ..features.rows import FeatureRows, FeatureStream, join_rows
 from ..features.schema import FeatureSet
+from ..features.state import IS_OPEN, SEGMENT
 from ..features.timing import BOOK
 from ..features.two_feeds import leader_feed, read_beside
 from ..market.book import BOOK_INVALID, book_status, touch
