@@ -86,6 +86,40 @@ def test_fifty_backtests_of_nothing_are_not_believed():
     assert not believed
 
 
+@examples(max_examples=30, deadline=None)
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=20))
+def test_every_range_that_somebody_chose_is_a_look(places):
+    hour, runs = 3600 * NS_PER_S, []
+    for k, place in enumerate(places):
+        span = place * 4 * hour, (place + 1) * 4 * hour
+        ts = np.linspace(*span, 60, endpoint=False).astype(np.int64)
+        net = np.random.default_rng(place).normal(0, 8, 60)
+        runs.append(row(k, result_series(net, ts, (span[0], span[1] - 1)), "one"))
+        runs[-1]["summary"]["asked"] = list(span)
+    last = runs[-1]["summary"]["asked"]
+    found = find_trials(runs, ("v", "S"), (last[0], last[1] - 1))
+    assert len(found.names) == len(found.sharpes) == len(set(places))
+    assert found.n_runs >= len(set(places)) and found.returns.shape[1] == 1
+    whole = row(99, result_series(*drawn(1), (0, DAY - 1)), "one")  # nobody chose anything
+    assert len(find_trials([whole, *[whole] * 3], ("v", "S"), (0, DAY - 1)).names) == 1
+
+
+def test_the_best_of_many_ranges_is_believed_less():
+    hour, runs = 3600 * NS_PER_S, []
+    for k in range(20):
+        span = k * 4 * hour, (k + 1) * 4 * hour
+        ts = np.linspace(*span, 200, endpoint=False).astype(np.int64)
+        net = np.random.default_rng(k).normal(0, 8, 200)
+        runs.append((row(k, result_series(net, ts, (span[0], span[1] - 1)), "one"), net, ts, span))
+        runs[-1][0]["summary"]["asked"] = list(span)
+    best, net, ts, span = max(runs, key=lambda run: run[1].mean())
+    given = ("v", "S"), (span[0], span[1] - 1)
+    alone = honest_page(net, ts, ts, find_trials([best], *given))
+    among = honest_page(net, ts, ts, find_trials([run for run, *_ in runs], *given))
+    assert alone.deflated.n_trials == 1 and among.deflated.n_trials == 20
+    assert among.deflated.deflated < alone.deflated.deflated - 0.3
+
+
 def test_a_real_edge_among_many_trials_is_believed():
     made = [drawn(k, days=20, n=6_000) for k in range(30)] + [drawn(99, 0.9, 6_000, 20)]
     span = (0, 20 * DAY - 1)

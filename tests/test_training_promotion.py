@@ -214,6 +214,9 @@ def test_who_comes_again_to_the_same_stretch_must_be_surer(tmp_path):
     assert looks == [1, 1, 2] and [a["n_looks"] for a in registry.attempts(KEY)] == looks
     elsewhere = (WINDOW[1], WINDOW[1] + DAY)
     assert looks_at(registry.attempts(KEY), names[0], elsewhere, "later-ff") == 1
+    # the same forest on a stretch that was asked for after it lost on another: a further look
+    shopped = [looks_at(registry.attempts(KEY), names[0], elsewhere, name) for name in names[1:]]
+    assert shopped == [2, 2] and looks_at(registry.attempts(KEY), names[0], WINDOW, again) == 2
     assert looks_at(registry.attempts(KEY), names[0], WINDOW, "later-ff") == 3
     lows, let_in = [], []
     for n_looks in (1, 2, 5, 40):  # a challenger that is better, but not by much

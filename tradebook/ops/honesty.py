@@ -229,7 +229,8 @@ def run_honesty(
     into, out = (trades[name].to_numpy(np.int64) for name in ("ts_in", "ts_out"))
     net, span = trades.net_bps.to_numpy(float), e.span
     span = min(span[0], int(into[0])), max(span[1], int(out.max()))
-    own = {**e.run, "summary": {"series": result_series(net, out, span)}}
+    own = {**e.run, "summary": {**(e.run.get("summary") or {})}}
+    own["summary"]["series"] = result_series(net, out, span)
     with Journal(e.root / "journal.db") as journal:
         others = [r for r in journal.runs("backtest") if r["run_id"] != own["run_id"]]
     venue, symbol = e.instrument.venue, e.instrument.symbol

@@ -255,7 +255,7 @@ def make_version(
             journal.finish_run(run_id, "failed", {"error": str(error)})
             raise
         told = {**facts, "series": series_of(record), **tried_facts(model.tuning)}
-        journal.finish_run(run_id, "ok", told)
+        journal.finish_run(run_id, "ok", {**told, "asked": list(span)})
         honesty = qualify(journal.runs("training"), market, record, "training")
     return Made(made, model, version, {**facts, "honesty": honesty})
 
@@ -358,6 +358,7 @@ def record_backtest(
     done: Backtested,  # A replay whose order names carry the run's tag
     journal: Journal,  # Where to write
     run_id: str,  # The run, already begun
+    asked: tuple[int | None, int | None] = (None, None),  # Range that somebody chose, ns UTC
 ):
     "Write a backtest's decisions, orders and fills into the journal"
     journal.record_decisions(run_id, done.result.decisions)
@@ -368,7 +369,8 @@ def record_backtest(
     counts["n_predictions"] = sum(row["p_up"] is not None for row in done.result.decisions)
     ts = done.feed.events["ts_recv"]
     series = series_of(backtest_record(done.result, (ts[0], ts[-1])))
-    journal.finish_run(run_id, "ok", {**counts, **done.facts, "series": series})
+    told = {**counts, **done.facts, "series": series, "asked": list(asked)}
+    journal.finish_run(run_id, "ok", told)
 
 # %% ../../nbs/ops/05_pipeline.ipynb #df2ca74a
 def backtest_symbol(
@@ -391,7 +393,7 @@ def backtest_symbol(
         done = replay(
             settings, feed, features, model.predictor, model.block, run_tag(run_id), stage
         )
-        record_backtest(done, journal, run_id)
+        record_backtest(done, journal, run_id, (start_ns, stop_ns))
         ts = feed.events["ts_recv"]
         record = backtest_record(done.result, (ts[0], ts[-1]))
         honesty = qualify(journal.runs("backtest"), (venue, symbol), record)

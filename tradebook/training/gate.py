@@ -264,14 +264,18 @@ def looks_at(
     champion: str | None,  # Version that is met; None: nobody
     window: tuple[int, int] | None,  # Stretch, ns UTC; None: there is none
     challenger: str,  # Version that comes now
-) -> int:  # Different challengers that met it here, this one too, >= 1
-    "Count how often a champion was met on a stretch"
-    seen = {challenger.rpartition("-")[2]}  # a name ends with the hash of its forests
-    for one in attempts if window else ():
+) -> int:  # Different meetings, this one too, >= 1: another challenger, or another stretch
+    "Count how often a champion was met here, and by this challenger anywhere"
+    if not window:
+        return 1
+    mine = challenger.rpartition("-")[2]  # a name ends with the hash of its forests
+    seen = {(mine, *window)}
+    for one in attempts:
         met, other = (one.get("champion") or {}).get("version"), one.get("window")
         if other is None or met is None or met != champion:
             continue
-        shared = min(window[1], other[1]) - max(window[0], other[0])
-        if 2 * shared >= min(window[1] - window[0], other[1] - other[0]):
-            seen.add(one["version"].rpartition("-")[2])
+        name, shared = one["version"].rpartition("-")[2], min(window[1], other[1])
+        shared -= max(window[0], other[0])
+        if name == mine or 2 * shared >= min(window[1] - window[0], other[1] - other[0]):
+            seen.add((name, *other))
     return len(seen)
