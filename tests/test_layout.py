@@ -32,6 +32,7 @@ HEAVY = {
     "pandas",
     "sklearn",
     "papermill",
+    "nbformat",
 }
 HAND_WRITTEN = {"__main__.py"}
 MODULE_LINES, CELL_LINES = 400, 60
@@ -236,6 +237,11 @@ def test_the_live_path_loads_no_training_or_plotting():
         "optuna",
     }
     assert not heavy, f"import tradebook.trader.loop loads {sorted(heavy)}"
+
+
+def test_the_main_job_loads_what_reads_notebooks_only_for_a_report():
+    heavy = loaded_by("import tradebook.ops.demo") & {"papermill", "nbformat", "lightgbm"}
+    assert not heavy, f"import tradebook.ops.demo loads {sorted(heavy)}"
 
 
 def test_no_machine_paths_or_index_addresses_in_the_repository():

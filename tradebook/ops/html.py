@@ -13,8 +13,8 @@ import re
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
-import nbformat
 import orjson
 
 from ..base.errors import ReportError
@@ -56,7 +56,7 @@ def _markdown_html(text: str) -> str:
 
 # %% ../../nbs/ops/01_html.ipynb #83cc653e
 def output_html(
-    output: nbformat.NotebookNode,  # One output of an executed code cell
+    output: Any,  # One output of an executed code cell
     key: str,  # Name for a figure, unique in the page
 ) -> str:  # HTML of its richest form; '' for what is not shown
     "Render one output of a cell"
@@ -80,7 +80,7 @@ _LAYOUT_TAGS = ("wide", "narrow", "half")
 
 
 def cell_html(
-    cell: nbformat.NotebookNode,  # Markdown or executed code cell
+    cell: Any,  # Markdown or executed code cell
     index: int,  # Position in the notebook; names the figures
 ) -> str:  # A section of the page; '' when the cell shows nothing
     "Render one cell without its code"
@@ -269,7 +269,7 @@ def page_html(
 
 # %% ../../nbs/ops/01_html.ipynb #8707407f
 def notebook_html(
-    notebook: nbformat.NotebookNode,  # Executed notebook
+    notebook: Any,  # Executed notebook, as nbformat reads it
 ) -> str:  # The whole page
     "Convert an executed notebook"
     body = "".join(cell_html(cell, i) for i, cell in enumerate(notebook.cells))
@@ -283,6 +283,8 @@ def write_html(
     out: str | Path,  # Path of the page; replaced when it exists
 ) -> Path:  # `out`
     "Convert a notebook file into a page beside it"
+    import nbformat
+
     notebook, out = Path(notebook), Path(out)
     if not notebook.is_file():
         raise ReportError(f"notebook must be a file, was {notebook}; run the report first")

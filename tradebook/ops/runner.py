@@ -20,8 +20,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import nbformat
-
 import tradebook
 from ..base.errors import ReportError, nearest
 from ..base.settings import Settings, find_root, load_settings
@@ -66,6 +64,8 @@ def read_parameters(
     template: str | Path,  # Report notebook
 ) -> dict[str, Any]:  # Name to default; None where the default is an expression
     "Read what a report can be told"
+    import nbformat
+
     cells = nbformat.read(template, 4).cells
     tagged = [c.source for c in cells if "parameters" in c.metadata.get("tags", [])]
     found = {}
@@ -120,7 +120,7 @@ def keep(
 
 # %% ../../nbs/ops/02_runner.ipynb #1ae61bb5
 def kept(
-    notebook: nbformat.NotebookNode,  # Executed notebook
+    notebook: Any,  # Executed notebook, as nbformat reads it
 ) -> dict[str, Any]:  # Everything it kept; later values win
     "Collect the values that a report kept"
     found = {}
@@ -218,8 +218,10 @@ def versions() -> dict[str, str]:  # Package to version, with Python and the sys
     return found
 
 # %% ../../nbs/ops/02_runner.ipynb #8ec38c62
-def _finish(path: Path) -> nbformat.NotebookNode:
+def _finish(path: Path) -> Any:
     "Take papermill's own marks out of an executed notebook, in place"
+    import nbformat
+
     notebook = nbformat.read(path, 4)
     marks = "papermill-error-cell-tag"
     notebook.cells = [c for c in notebook.cells if marks not in c.metadata.get("tags", [])]
@@ -238,7 +240,7 @@ def conclude(
         write_html(executed, folder / "report.html")
     except FileNotFoundError:
         pass  # it never began
-    except (ValueError, nbformat.reader.NotJSONError):
+    except ValueError:  # nbformat's NotJSONError is one
         facts = {**facts, "error": f"{facts['error']}; the notebook was cut while it was written"}
     result = {"ok": not facts["error"], **facts, "versions": versions(), "values": values}
     (folder / "result.json").write_text(json.dumps(result, indent=1, default=str) + "\n")
