@@ -374,6 +374,62 @@ def test_slow_is_late_in_order_and_complete():
     rehearsed(test)
 
 
+def test_slow_keeps_a_new_subscription_in_order_and_others_on_time():
+    "The snapshot comes before its deltas, and the symbol beside it on the same socket is not late"
+
+    async def test(exchange, session, client):
+        await command(exchange, session, code="slow", value=1000, seconds=1, symbol="BTCUSDT")
+        async with Client(exchange, session) as other:
+            await other.ask("subscribe", BTC, ETH)
+            await other.wait(10)
+            await asyncio.sleep(1.5)  # until after the end of the fault
+            kinds = [m["type"] for m in other.messages(BTC)]
+            assert kinds[0] == "snapshot" and set(kinds[1:]) == {"delta"}
+            assert set(follows(other.numbers())) == {1}
+            order = [m["topic"] for m in other.messages()]
+            assert order[: order.index(BTC)].count(ETH) > 1  # more than its snapshot
+
+    rehearsed(test)
+
+
+def test_a_delisted_symbol_is_gone_from_every_door():
+    async def test(exchange, session, client):
+        async def ask(name, **query):
+            query = "&".join(f"{k}={v}" for k, v in {"category": "linear", **query}.items())
+            async with session.get(f"{exchange.http_url}/v5/market/{name}?{query}") as answer:
+                return await answer.json()
+
+        def listed(answer):
+            return {row["symbol"]: row.get("status") for row in answer["result"]["list"]}
+
+        await client.wait(3)
+        assert set(listed(await ask("instruments-info"))) == {"BTCUSDT", "ETHUSDT"}
+        told = await command(exchange, session, code="delist", symbol="BTCUSDT")
+        assert told["is_active"] and told["seconds"] is None and told["count"] is None
+        await asyncio.sleep(0.1)
+        at = len(client.got)
+        await asyncio.sleep(0.4)
+        assert not client.messages(BTC, at)
+        assert set(listed(await ask("instruments-info"))) == {"ETHUSDT"}
+        assert listed(await ask("instruments-info", symbol="BTCUSDT")) == {"BTCUSDT": "Closed"}
+        assert set(listed(await ask("tickers"))) == {"ETHUSDT"}
+        for name in ("orderbook", "recent-trade", "tickers", "funding/history"):
+            answer = await ask(name, symbol="BTCUSDT")
+            assert answer["retCode"] == 10001 and "BTCUSDT" in answer["retMsg"], name
+        refused = await client.ask("subscribe", BTC)
+        assert not refused["success"] and BTC in refused["ret_msg"]
+        status, found = exchange.engine.call(
+            "create", {"category": "linear", "symbol": "BTCUSDT", "side": "Buy"}, 0
+        )[:2]
+        assert (status, found) == (110074, "This contract is not live")
+        exchange.faults.heal(0)
+        await asyncio.sleep(0.1)
+        assert (await client.ask("subscribe", BTC))["success"]
+        assert set(listed(await ask("instruments-info"))) == {"BTCUSDT", "ETHUSDT"}
+
+    rehearsed(test)
+
+
 def test_a_burst_is_real_data_ten_times_as_fast():
     async def test(exchange, session, client):
         await asyncio.sleep(0.5)

@@ -110,7 +110,7 @@ def wire_frames(
     socket = Socket(next(exchange.ids), "public", request=None)
     socket.is_combined = True
     frames: list[bytes] = []
-    socket.put = lambda text, due_ns=0: frames.append(text)
+    socket.put = lambda text, due_ns=0, topic="": frames.append(text)
     exchange.sockets[socket.id] = socket
     exchange.subscribe(socket, exchange.markets[0].listing.category, topics)
     exchange.step(time.time_ns(), limit)

@@ -27,7 +27,8 @@ from .rehearsal_wire import Frame
 # %% ../../nbs/venue/31_rehearsal_binance.ipynb #ff4f3d7c
 def _found(exchange, query):
     "The market that a query names, None without one"
-    return exchange.by_key.get(("linear", query.get("symbol", "").upper()))
+    market = exchange.by_key.get(("linear", query.get("symbol", "").upper()))
+    return market if market is not None and market.is_listed else None
 
 
 def _rules(market):
@@ -40,7 +41,8 @@ def _rules(market):
         {"filterType": "LOT_SIZE", "stepSize": words.size(1), "minQty": words.size(1), "maxQty": words.size(10**9)},
         {"filterType": "MIN_NOTIONAL", "notional": f"{of.min_notional_quote:g}"},
     ]  # fmt: skip
-    return {"symbol": market.listing.id, "pair": market.listing.id, "contractType": "PERPETUAL", "status": "TRADING",
+    return {"symbol": market.listing.id, "pair": market.listing.id, "contractType": "PERPETUAL",
+            "status": "TRADING" if market.is_listed else "SETTLING",
             "baseAsset": base, "quoteAsset": quote, "marginAsset": quote, "pricePrecision": words.price_digits,
             "quantityPrecision": words.size_digits, "deliveryDate": 4133404800000,
             "onboardDate": 1569398400000, "filters": filters, "orderTypes": ["LIMIT", "MARKET"],
@@ -100,7 +102,7 @@ class Binance(Exchange):
     def market_of(self, topic: str, category: str):
         "The market that a stream is about"
         market = self.by_key.get((category, stream_parts(topic)[2]))
-        if market is None:
+        if market is None or not market.is_listed:
             raise DataError(f"no market of stream {topic}")
         return market
 

@@ -34,7 +34,7 @@ from .rehearsal_server import reply
 def _market(exchange, query):
     "The market that a query names; Refusal without one"
     market = exchange.by_key.get((query.get("category"), query.get("symbol")))
-    if market is None:
+    if market is None or not market.is_listed:
         names = [id for category, id in exchange.by_key if category == query.get("category")]
         hint = nearest(query.get("symbol", ""), names)
         raise Refusal(10001, f"params error: symbol invalid {query.get('symbol')} {hint}".strip())
@@ -60,7 +60,7 @@ def instrument_words(
         "symbol": market.listing.id,
         "baseCoin": base,
         "quoteCoin": quote,
-        "status": "Trading",
+        "status": "Trading" if market.is_listed else "Closed",
     }
     amounts = {"minOrderQty": words.size(of.min_size_lots), "maxOrderQty": words.size(10**9),
                "maxMktOrderQty": words.size(10**9), "maxLimitOrderQty": words.size(10**9)}  # fmt: skip
@@ -95,7 +95,7 @@ def get_time(exchange, query):
 def get_instruments(exchange, query):
     "What is traded"
     chosen = [m for (category, id), m in exchange.by_key.items() if category == query.get("category")
-              and query.get("symbol") in (None, id)]  # fmt: skip
+              and (query.get("symbol") == id or ("symbol" not in query and m.is_listed))]  # fmt: skip
     return _listed([instrument_words(m) for m in chosen], query)
 
 # %% ../../nbs/venue/28_rehearsal_bybit.ipynb #fc561544
@@ -141,7 +141,9 @@ def get_tickers(exchange, query):
     "State of one market or of all"
     one = [_market(exchange, query)] if "symbol" in query else None
     found = one or [
-        m for (category, _), m in exchange.by_key.items() if category == query.get("category")
+        m
+        for (category, _), m in exchange.by_key.items()
+        if category == query.get("category") and m.is_listed
     ]
     return _listed([ticker_fields(m) for m in found], query)
 

@@ -7,6 +7,8 @@ __all__ = ['QUEUE_LIMIT', 'Socket', 'Exchange']
 
 # %% ../../nbs/venue/26_rehearsal_exchange.ipynb #36eaccd8
 import asyncio
+import contextlib
+import heapq
 import itertools
 import time
 from collections import deque
@@ -35,14 +37,34 @@ class Socket:
         self.ws = web.WebSocketResponse(compress=False, autoclose=True, timeout=0.5)
         self.topics: dict[str, int] = {}  # Topic -> id of the subscription
         self.queue, self.is_wanted = deque(), asyncio.Event()
-        self.is_half_open, self.is_logged_in, self.n_sent = False, False, 0
+        self.later, self.ends = [], {}  # What is held back; topic -> when its last one may go
+        self.is_half_open, self.is_logged_in, self.n_sent, self.n_held = False, False, 0, 0
 
-    def put(self, text: bytes, due_ns: int = 0):
+    @property
+    def n_waiting(self) -> int:
+        "Messages that are not sent yet"
+        return len(self.queue) + len(self.later)
+
+    def put(self, text: bytes, due_ns: int = 0, topic: str = ""):
         "Queue a message; a reader that is far too slow is closed"
-        if len(self.queue) >= QUEUE_LIMIT:
+        if self.n_waiting >= QUEUE_LIMIT:
             return self.abort()
-        self.queue.append((due_ns, text))
+        if due_ns or topic in self.ends:
+            due_ns = self.ends[topic] = max(due_ns, self.ends.get(topic, 0))
+            self.n_held += 1
+            heapq.heappush(self.later, (due_ns, self.n_held, text))
+        else:
+            self.queue.append(text)
         self.is_wanted.set()
+
+    def release(self, now_ns: int) -> float | None:
+        "Queue what was held back until now; seconds until the next one, None without one"
+        while self.later and self.later[0][0] <= now_ns:
+            self.queue.append(heapq.heappop(self.later)[2])
+        if self.later:
+            return (self.later[0][0] - now_ns) / NS_PER_S
+        self.ends.clear()
+        return None
 
     def say(self, message: dict):
         "Queue an answer"
@@ -62,13 +84,13 @@ class Socket:
     async def write(self):
         "Send what is queued until the socket closes"
         while not self.ws.closed:
+            wait_s = self.release(time.time_ns()) if self.later else None
             if not self.queue:
                 self.is_wanted.clear()
-                await self.is_wanted.wait()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self.is_wanted.wait(), wait_s)
                 continue
-            due_ns, text = self.queue.popleft()
-            if (wait := due_ns - time.time_ns()) > 0:
-                await asyncio.sleep(wait / NS_PER_S)
+            text = self.queue.popleft()
             if not self.is_half_open:
                 kind = WSMsgType.BINARY if text[:1] == b"\xff" else WSMsgType.TEXT
                 await self.ws.send_frame(text, kind)
@@ -121,7 +143,7 @@ class Exchange:
     def market_of(self, topic: str, category: str):
         "The market that a topic is about; DataError in the venue's words without one"
         market = self.by_key.get((category, topic_parts(topic)[2]))
-        if market is None:
+        if market is None or not market.is_listed:
             raise DataError(self.refusal(topic))
         return market
 
@@ -171,7 +193,8 @@ def publish(self: Exchange, market, frames: list[Frame], is_first: bool = False)
                 continue
             wait = delay_ns(self.faults, frame, socket.id, subscription, now)
             if wait is not None:
-                socket.put(self.encode(socket, frame), now + wait if wait else 0)
+                due_ns = now + wait if wait else 0
+                socket.put(self.encode(socket, frame), due_ns, frame.topic)
                 self.n_messages += 1
 
 
@@ -199,14 +222,28 @@ def subscribe(
         socket.topics[category, topic] = next(self.ids)
         first = through_faults(self.faults, self.open_topic(market, topic), market, now, True)
         for frame in first:
-            wait = delay_ns(
-                self.faults, frame, socket.id, socket.topics[category, topic], now, True
-            )
-            if wait:
-                loop, text = asyncio.get_running_loop(), self.encode(socket, frame)
-                loop.call_later(wait / NS_PER_S, socket.put, text)
-            elif wait is not None:
-                socket.put(self.encode(socket, frame))
+            facts = (self.faults, frame, socket.id, socket.topics[category, topic], now)
+            wait, late = delay_ns(*facts), delay_ns(*facts, ("late_snapshot",))
+            if wait is None:
+                continue
+            text, due_ns = self.encode(socket, frame), now + wait + late if wait else 0
+            if late:
+                loop = asyncio.get_running_loop()
+                loop.call_later(late / NS_PER_S, socket.put, text, due_ns, topic)
+            else:
+                socket.put(text, due_ns, topic)
+
+# %% ../../nbs/venue/26_rehearsal_exchange.ipynb #41e19094
+@patch
+def close_topics(self: Exchange):
+    "End the topics of markets that are no longer listed"
+    gone = {market.listing.id for market in self.markets if not market.is_listed}
+    for socket in self.sockets.values() if gone else ():
+        for key in list(socket.topics):
+            if self.frame_type(key[1], {}).symbol in gone:
+                del socket.topics[key]
+                for fault in self.faults.active(time.time_ns(), "delist"):
+                    fault.n_touched += 1
 
 # %% ../../nbs/venue/26_rehearsal_exchange.ipynb #34b150d0
 @patch
@@ -214,11 +251,14 @@ def step(self: Exchange, now_ns: int, limit: int) -> int:
     "Say what has become due; gives the number of messages taken"
     for market, frame in settle(self.faults, self.markets, self.source, now_ns):
         self.publish(market, [frame])
+    self.close_topics()
     n = 0
     for update in self.source.take(now_ns, limit):
         market, n = self.markets[update.listing], n + 1
-        self.publish(market, self.speak(market, update))
-        self.after(market, update)
+        frames = self.speak(market, update)
+        if market.is_listed:
+            self.publish(market, frames)
+            self.after(market, update)
     return n
 
 
@@ -244,7 +284,7 @@ async def pump(self: Exchange):
     while True:
         n = self.step(time.time_ns(), 200)
         while not self.source.pace.is_shifted and any(
-            len(s.queue) > 2000 and not s.is_half_open for s in self.sockets.values()
+            s.n_waiting > 2000 and not s.is_half_open for s in self.sockets.values()
         ):
             await asyncio.sleep(0.001)
         await asyncio.sleep(0 if n >= 200 else 0.002)

@@ -44,6 +44,7 @@ KINDS = {
     "clock_skew": Kind("frame", "a venue clock that is `value` ms ahead", value=3000),
     "freeze_book": Kind("market", "a book that stands while trades go on"),
     "restart_numbering": Kind("market", "number from 1 again, with a snapshot", None, 1),
+    "delist": Kind("market", "take a symbol away: topics end, requests and subscriptions are refused", None),
     "burst": Kind("market", "let the market run `value` times as fast", value=10),
     "half_open": Kind("socket", "go silent without closing: no data, no pong", None, 1),
     "close": Kind("socket", "close cleanly (1000)", None, 1),
@@ -323,15 +324,12 @@ def delay_ns(
     socket_id: int,  # To which socket
     subscription_id: int,  # For which of its subscriptions
     now_ns: int,  # Now, ns UTC
-    is_first: bool = False,  # It is what a new subscriber is told first
+    codes: tuple = ("silence", "slow"),  # Which faults are asked; late_snapshot is the third
 ) -> int | None:  # Nanoseconds to wait; None is not sent at all
     "Tell when a frame goes out to one subscriber"
-    codes = ("silence", "slow", "late_snapshot")
     wait = 0
     for fault in faults.active(now_ns, *codes, topic=(frame.stream, frame.symbol)):
         if not _holds(fault, socket_id, subscription_id):
-            continue
-        if fault.code == "late_snapshot" and not is_first:
             continue
         fault.n_touched += 1
         if fault.code == "silence":
@@ -348,7 +346,9 @@ def settle(
 ) -> list[tuple[Market, Frame]]:  # Snapshots of channels that were numbered anew
     "Bring the markets into the state that the faults ask for"
     said, frozen = [], faults.active(now_ns, "freeze_book")
+    gone = faults.active(now_ns, "delist")
     for market in markets:
+        market.is_listed = not any(f.fits(f.stream, market.listing.id) for f in gone)
         is_frozen = any(f.fits("orderbook", market.listing.id) for f in frozen)
         for channel in market.channels.values():
             channel.is_frozen = is_frozen

@@ -147,6 +147,8 @@ def asset_pairs(
     "Say the rules of all pairs"
     pairs = {}
     for market in exchange.markets:
+        if not market.is_listed:
+            continue
         of, words, name = market.listing.of, market.words, market.listing.id
         base, quote = (_OLD_COINS.get(coin, coin) for coin in of.symbol.split("/"))
         pairs[name.replace("/", "")] = {
@@ -205,7 +207,7 @@ class Kraken(Exchange):
     def market_of(self, topic: str, category: str):
         "The market that a topic is about"
         market = self.by_key.get((category, topic.partition("|")[2]))
-        if market is None:
+        if market is None or not market.is_listed:
             raise DataError(self.refusal(topic))
         return market
 
@@ -217,7 +219,7 @@ class Kraken(Exchange):
         "Say what has become due, and a heartbeat to whoever was told nothing for a second"
         n, heard = super().step(now_ns, limit), self.__dict__.setdefault("heard", {})
         for socket in self.sockets.values():
-            count = socket.n_sent + len(socket.queue)
+            count = socket.n_sent + socket.n_waiting
             known, since_ns = heard.get(socket.id, (-1, 0))
             if count != known or not socket.topics:
                 heard[socket.id] = (count, now_ns)

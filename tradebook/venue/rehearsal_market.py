@@ -85,7 +85,7 @@ class Market:
         self.channels: dict[int, BookChannel] = {}
         self.trades, self.candles = deque(maxlen=1000), Candles()
         self.klines, self.ticker, self.is_ticking, self.ticker_ms = set(), {}, False, 0
-        self.is_printing = False
+        self.is_printing, self.is_listed = False, True
 
     def is_buy(self, row) -> bool:
         "Aggressor of a trade; by the quote rule where it is not known"

@@ -87,6 +87,8 @@ class Matching:
         market = self.markets.get((params.get("category"), params.get("symbol")))
         if market is None:
             raise Refusal(10001, f"symbol invalid: {params.get('category')} {params.get('symbol')}")
+        if not market.is_listed:
+            raise Refusal(110074, "This contract is not live")
         return market
 
     def call(self, name: str, params: dict, now_ms: int) -> tuple[int, str, dict]:

@@ -103,7 +103,7 @@ def status(self: Exchange) -> dict:
         "speed": str(self.source.pace.speed), "rounds_done": round(done, 4), "is_over": self.source.is_over,
         "n_messages": self.n_messages, "n_requests": self.n_requests, "failure": self.failure,
         "sockets": [{"id": s.id, "kind": s.kind, "topics": [t for _, t in s.topics], "n_sent": s.n_sent,
-                     "n_waiting": len(s.queue), "is_half_open": s.is_half_open} for s in self.sockets.values()],
+                     "n_waiting": s.n_waiting, "is_half_open": s.is_half_open} for s in self.sockets.values()],
         "faults": [r for r in self.faults.record(time.time_ns()) if r["is_active"]],
     }  # fmt: skip
 
