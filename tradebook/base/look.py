@@ -35,6 +35,7 @@ LOOK = {
     "yaxis": {**_AXIS, "title": {"standoff": 8}},
     "legend": {"orientation": "h", "x": 1, "xanchor": "right", "y": 1.01, "yanchor": "bottom"},
     "hoverlabel": {"font": {"family": _FONT}},
+    "modebar": {"orientation": "v", "bgcolor": "rgba(0,0,0,0)", "color": "#b9c4cf"},
 }
 
 # %% ../../nbs/base/09_look.ipynb #fcacdfce

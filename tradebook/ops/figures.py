@@ -27,9 +27,9 @@ REPORT = go.layout.Template(
         **LOOK,
         "title": {**_TITLE, "y": 0.97, "yanchor": "top", "font": {"size": 14.5, "weight": 600}},
         "colorway": [NET, GROSS, WARN, GOOD, BAD, "#6b4fa0"],
-        "margin": {"l": 56, "r": 18, "t": 46, "b": 44},
+        "margin": {"l": 56, "r": 18, "t": 60, "b": 44},
         "bargap": 0.28,
-        "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": "#b9c4cf", "activecolor": NET},
+        "modebar": {**LOOK["modebar"], "activecolor": NET},
     }
 )
 

@@ -114,7 +114,8 @@ def plot_dependence(
     other = color or partner_of(x, push, names, name)
     j, k = (list(names).index(n) for n in (name, other))
     rank = pd.Series(x[:, k]).rank(pct=True).to_numpy().round(2)
-    marker = {"size": 5, "color": rank, "colorscale": "RdBu_r", "showscale": True}
+    marker = {"size": 5, "color": rank, "colorscale": "RdBu_r", "cmin": 0, "cmax": 1}
+    marker["showscale"] = True
     marker["colorbar"] = {"title": other, "tickvals": [0, 1], "ticktext": ["low", "high"]}
     dots = go.Scatter(x=x[:, j].round(5), y=push[:, j].round(4), mode="markers", marker=marker)
     figure = go.Figure(dots)
