@@ -1,6 +1,7 @@
 """Files of events give back what they got, whatever repeats in them, and name what does not fit."""
 
 import threading
+import time
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -59,7 +60,9 @@ def test_events_of_any_runs_come_back_in_groups(tmp_path_factory, lengths, seed)
         starts = stamp_starts(events)
     assert read_part(path).tobytes() == events.tobytes()
     pieces = list(read_pieces(path))
-    assert [len(p) for p in pieces] == [min(7, len(events) - i) for i in range(0, len(events), 7)]
+    sizes = [len(p) for p in pieces]
+    assert len(sizes) < 2 or len(sizes) % N_HANDS == 0
+    assert all(max(sizes) - 1 <= size <= 7 for size in sizes)
     assert b"".join(p.tobytes() for p in pieces) == events.tobytes()
     groups = list(read_columns(path))
     assert sum(len(g.n_rows) for g in groups) == len(starts)
@@ -93,16 +96,33 @@ def test_a_plain_file_is_read_as_well(tmp_path, small_groups):
     assert [len(p) for p in read_pieces(tmp_path / "plain.parquet")] == [5, 5, 5, 3]
 
 
+def test_files_of_the_former_layout_are_read(tmp_path, small_groups, monkeypatch):
+    path, events = tmp_path / "part.parquet", runs([5, 9, 3, 8], 2)
+    with monkeypatch.context() as patch:  # groups as they come, and differences of sides
+        patch.setattr(part_files, "group_bounds", lambda n: np.append(np.arange(0, n, 10), n))
+        patch.setitem(part_files._DELTAS, "side", "DELTA_BINARY_PACKED")
+        write_part(events, path)
+    with pq.ParquetFile(path) as file:
+        assert file.num_row_groups == 3
+        assert "DELTA_BINARY_PACKED" in file.metadata.row_group(0).column(4).encodings
+    assert [len(piece) for piece in read_pieces(path)] == [10, 10, 5]
+    assert read_part(path).tobytes() == events.tobytes()
+    write_part(events, path)
+    with pq.ParquetFile(path) as file:
+        assert "RLE_DICTIONARY" in file.metadata.row_group(0).column(4).encodings
+    assert read_part(path).tobytes() == events.tobytes()
+
+
 def test_what_does_not_fit_is_named(tmp_path, small_groups):
     path, other = tmp_path / "part.parquet", tmp_path / "other.parquet"
     write_part(runs([9, 9], 1), path)
     write_part(runs([9, 3], 1), other)
     stamps_path(other).rename(stamps_path(path))
-    with pytest.raises(DataError, match=r"part.stamps.parquet must have 3 groups .* was 2"):
+    with pytest.raises(DataError, match=r"part.stamps.parquet must have 4 groups .* was 2"):
         read_part(path)
     write_part(runs([9, 8], 1), other)
     stamps_path(other).rename(stamps_path(path))
-    with pytest.raises(DataError, match="must stand for the 4 rows of group 2, was for 3"):
+    with pytest.raises(DataError, match="must stand for the 5 rows of group 1, was for 4"):
         list(read_columns(path))
     stamps_path(path).unlink()
     with pytest.raises(FileNotFoundError, match="part.stamps.parquet"):
@@ -129,6 +149,18 @@ def test_work_ahead_is_bounded_in_order_and_stops():
     assert [next(results) for _ in range(3)] == [0, 1, 2]
     results.close()
     assert len(begun) <= 5  # three asked for, two ahead
+
+    busy, shared = [0] * N_HANDS, []
+
+    def uses_a_reader(i):
+        "Use what belongs to every N_HANDS-th alone, as the readers of a part do"
+        busy[i % N_HANDS] += 1
+        time.sleep(0.001 * (i % 3))
+        shared.append(busy[i % N_HANDS] > 1)
+        busy[i % N_HANDS] -= 1
+
+    assert len(list(in_turn(uses_a_reader, 20))) == 20
+    assert not any(shared)
 
     def fails(i):
         "Break at the fourth"
