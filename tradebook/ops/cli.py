@@ -266,7 +266,7 @@ def why(
     "Show how far a run came, stage by stage, and what stopped it."
     from tradebook.base.journal import Journal
     from tradebook.ops.evidence import find_run
-    from tradebook.ops.funnel import funnel, funnel_text, incidents_text, ranked_causes
+    from tradebook.ops.funnel import funnel, funnel_text, incidents_text, next_step, ranked_causes
 
     place = journal_root(read_settings(changes, root), root is not None)
     if not (place / "journal.db").is_file():
@@ -280,6 +280,8 @@ def why(
     data |= {"funnel": dict(stages), "causes": [c._asdict() for c in causes]}
     data["incidents"], more = incidents, incidents_text(incidents)
     more = f"\n\nIncidents, with the last words of each:\n{more}" if more else ""
+    if step := next_step(causes, found, str(place)):
+        data["next"], more = step, f"{more}\n\nNext: {step}"
     return Answer(data, f"{head}\n\n{funnel_text(stages, causes)}{more}")
 
 # %% ../../nbs/ops/07_cli.ipynb #9d49ef90

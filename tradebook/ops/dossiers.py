@@ -63,6 +63,9 @@ def model_facts(
     own = model.facts.get("thresholds") or {}
     facts["thresholds"] = {k: v for k, v in own.items() if k != "tried"}
     facts["trials"] = model.facts.get("trials") or {}
+    note = model.facts.get("note") or {}
+    if "n_workers" in note:
+        facts["cluster"] = {k: note[k] for k in ("n_workers", "fitted_here") if k in note}
     return facts | {
         "move_slope_bps": model.move_slope_bps,
         "feature_set_hash": model.feature_set_hash,

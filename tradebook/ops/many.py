@@ -97,6 +97,10 @@ def fit_lines(
     if spread := facts.get("spread"):
         told += f"; members differ by {spread['median']:.4f} in the median"
     lines = [f"{'forests':<24}{told}"]
+    if cluster := facts.get("cluster"):
+        here = " and ".join(cluster.get("fitted_here") or [])
+        told = f"; {here}: on this machine alone" if here else ""
+        lines.append(f"{'cluster':<24}by {cluster['n_workers']} workers together{told}")
     loss = f"{facts['log_loss_before']:.4f} before the curve, {facts['log_loss']:.4f} after"
     lines.append(f"{'log loss':<24}{loss}")
     own = facts.get("thresholds") or {}

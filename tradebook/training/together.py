@@ -120,9 +120,12 @@ def fitter_on(
 def cluster_facts(
     settings: Settings,  # training.is_one_model
     dask: str,  # Address of a scheduler
-) -> dict:  # n_workers; empty for a model of one machine
+) -> dict:  # n_workers, and fitted_here: what was not spread; empty for a model of one machine
     "Say what of a cluster decides a model"
-    if not settings.training.is_one_model:
+    chosen = settings.training
+    if not chosen.is_one_model:
         return {}
+    asked = {"the search of --tune": chosen.tune_trials, "the second model": chosen.is_meta}
     with connect(dask) as client:
-        return {"n_workers": len(client.nthreads())}
+        n_workers = len(client.nthreads())
+    return {"n_workers": n_workers, "fitted_here": [name for name, is_on in asked.items() if is_on]}
