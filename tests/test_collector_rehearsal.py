@@ -5,6 +5,7 @@ import itertools
 import os
 import subprocess
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from tradebook.venue.venues import VENUES
 
 BTC, ETH = "BTC/USDT:USDT", "ETH/USDT:USDT"
 LISTINGS = synthetic_listings((BTC, ETH), duration_s=900)
+HASTY = partial(Escalation, patience_s=0.6, calm_s=2.0, retry_s=1.0)
 BOUNDS = Bounds(
     first=(1.5, *[60] * 6), silence=(1.0, *[60] * 6), usual=3, stands=0.7, frozen=0.5, n_trades=3
 )
@@ -140,6 +142,19 @@ def tell(tmp_path, script, **settings):
     return asyncio.run(Story(tmp_path, **settings).run(script, **run)).check()
 
 
+def tell_all(tmp_path, listings, **settings):
+    "Record a whole source at full speed, both streams of two markets, to the last row"
+
+    async def script(story):
+        sockets = story.exchange.sockets
+        await story.until(lambda: story.exchange.source.is_over, 60, "the end of the source")
+        await story.until(lambda: not any(s.n_waiting for s in sockets.values()), 60, "delivery")
+        await asyncio.sleep(0.5)
+
+    whole = {"bounds": Bounds(), "speed": "max", "wait_topics": 4, "for_s": 60}
+    return tell(tmp_path, script, listings=listings, **whole, **settings)
+
+
 # ------------------------------------------------------------------ healthy
 
 
@@ -147,24 +162,7 @@ def tell(tmp_path, script, **settings):
 def test_what_is_stored_equals_the_source_event_for_event(tmp_path, venue):
     "At full speed, both streams of two markets, to the last row"
     listings = synthetic_listings((BTC, ETH), duration_s=300, seed=3)
-
-    async def script(story):
-        await story.until(lambda: story.exchange.source.is_over, 60, "the end of the source")
-        await story.until(
-            lambda: not any(s.queue for s in story.exchange.sockets.values()), 60, "delivery"
-        )
-        await asyncio.sleep(0.5)
-
-    story = tell(
-        tmp_path,
-        script,
-        venue=venue,
-        listings=listings,
-        bounds=Bounds(),
-        speed="max",
-        wait_topics=4,
-        for_s=60,
-    )
+    story = tell_all(tmp_path, listings, venue=venue)
     spec = VENUES[WIRES[venue]]
     topics = spec.topics_for([spec.name_of(s) for s in story.instruments], ("book", "trade"))
     decoder = spec.make_decoder({spec.name_of(s): of for s, of in story.instruments.items()})
@@ -245,19 +243,32 @@ def test_silence_that_resubscribing_does_not_end_moves_the_symbol_to_its_own_soc
     assert sorted(len(s.symbols) for s in story.feed.shards) == [1, 1]
 
 
-def test_a_symbol_that_vanishes_is_given_up_with_a_cause_and_tried_again(tmp_path):
-    "DELIST: the venue goes on, one symbol does not"
+@pytest.mark.parametrize("venue", ["bybit", "binance"])
+def test_a_delisted_symbol_is_named_and_the_others_go_on(tmp_path, venue):
+    "DELIST: its topics end; Bybit refuses new ones, Binance takes them and says nothing for ever"
 
     async def script(story):
         await story.ready()
-        fault = story.exchange.fault("silence", symbol="BTCUSDT", seconds=600)
-        await story.until(lambda: story.feed.state(BTC) == "given up", 15, "given up")
-        assert story.feed.status()["symbols"][BTC]["why"] in ("WS_SILENT", "NEVER_STARTED")
+        fault = story.exchange.fault("delist", symbol="BTCUSDT")
+        gone = ("refused", "given up")
+        await story.until(lambda: story.feed.state(BTC) in gone, 15, "gone")
+        story.gone = story.feed.status()["symbols"][BTC]
+        n = story.feed.status()["symbols"][ETH]["n_events"]
+        await story.until(
+            lambda: story.feed.status()["symbols"][ETH]["n_events"] > n, 5, "ETH goes on"
+        )
         story.exchange.faults.heal(0, fault.number)
         await story.healed(BTC, "retry")
 
-    story = tell(tmp_path, script)
-    assert story.tally(BTC, "GIVEN_UP") == 1 and story.codes(ETH) == []
+    story = tell(tmp_path, script, venue=venue, escalation=HASTY)
+    assert story.gone["state"] == {"bybit": "refused", "binance": "given up"}[venue]
+    if venue == "bybit":
+        assert "BTCUSDT" in story.gone["why"]
+    else:
+        assert story.gone["why"] in ("WS_SILENT", "NEVER_STARTED", "SNAPSHOT_FAILED")
+        assert story.tally(BTC, "GIVEN_UP") == 1
+    assert story.codes(BTC)[0] == "WS_SILENT" and story.codes(ETH) == []
+    assert story.tally(ETH, "n_resyncs") == story.tally(ETH, "n_resubscribed") == 0
 
 
 def test_a_book_that_stands_while_trades_print_is_frozen_and_not_quiet(tmp_path):

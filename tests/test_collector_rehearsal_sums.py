@@ -6,10 +6,9 @@ from decimal import Decimal
 
 import numpy as np
 import orjson
-from test_collector_rehearsal import tell
+from test_collector_rehearsal import HASTY, tell, tell_all
 
 from tradebook.collector.raw_frames import read_raw, split_lines
-from tradebook.collector.vitals import Bounds
 from tradebook.market.book import apply_events, new_book, top_side
 from tradebook.market.events import (
     FLAG_SNAPSHOT,
@@ -48,18 +47,7 @@ def table(rows, kinds):
 def test_what_is_stored_equals_the_source_event_for_event(tmp_path):
     "At full speed, both streams of two markets, to the last row and microsecond"
     listings = synthetic_listings((BTC, ETH), duration_s=120, seed=3)
-
-    async def script(story):
-        await story.until(lambda: story.exchange.source.is_over, 60, "the end of the source")
-        await story.until(
-            lambda: not any(s.queue for s in story.exchange.sockets.values()), 60, "delivery"
-        )
-        await asyncio.sleep(0.5)
-
-    story = tell(
-        tmp_path, script, venue="kraken", listings=listings, bounds=Bounds(),
-        speed="max", wait_topics=4, for_s=60,
-    )  # fmt: skip
+    story = tell_all(tmp_path, listings, venue="kraken")
     for one in listings:
         stored = story.stored(one.of.symbol)
         ts = one.events["ts_recv"]
@@ -239,6 +227,23 @@ def test_sockets_that_end_refused_channels_and_a_wrong_clock(tmp_path):
     found = story.codes(BTC)
     assert found == ["WS_CLEAN_END", "WS_LOST", "WS_HALF_OPEN"]
     assert story.tally(BTC, "RATE_LIMITED") == 2
+
+
+def test_a_delisted_pair_is_refused_by_name_and_the_other_goes_on(tmp_path):
+    "DELIST"
+
+    async def script(story):
+        await story.ready()
+        fault = story.exchange.fault("delist", symbol=PAIR)
+        await story.until(lambda: story.feed.state(BTC) == "refused", 15, "refused")
+        story.why = story.feed.refused[BTC]
+        story.exchange.faults.heal(0, fault.number)
+        await story.healed(BTC, "retry")
+
+    story = tell(tmp_path, script, escalation=HASTY, **KRAKEN)
+    assert PAIR in story.why and "not supported" in story.why
+    assert story.codes(BTC)[0] == "WS_SILENT" and story.codes(ETH) == []
+    check_whole_books(story)
 
 
 def test_what_the_collector_asks_for_at_the_start_is_answered(tmp_path):
