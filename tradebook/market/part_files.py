@@ -224,11 +224,12 @@ def read_part(
             raise DataError(f"{path} must hold at most {len(out)} rows as promised, was {n}")
         out = np.empty(n, EVENT) if out is None else out[:n]
 
-        def fill(group):
-            "Weave one group into its place"
-            _weave(out[bounds[group] : bounds[group + 1]], *columns_of(group))
+        def fill(hand):
+            "Weave every second group into its place"
+            for group in range(hand, len(n_rows), N_HANDS):
+                _weave(out[bounds[group] : bounds[group + 1]], *columns_of(group))
 
-        deque(in_turn(fill, len(n_rows)), maxlen=0)
+        deque(in_turn(fill, min(N_HANDS, len(n_rows))), maxlen=0)
     return out
 
 # %% ../../nbs/market/03_part_files.ipynb #b67e6a5d
