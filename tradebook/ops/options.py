@@ -14,7 +14,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from ..base.errors import SettingsError
+from ..base.errors import DataError, SettingsError
 
 # %% ../../nbs/ops/18_options.ipynb #300c8787
 Json = Annotated[bool, typer.Option("--json", help="Write one JSON object, and nothing else.")]
@@ -86,7 +86,15 @@ def span(start: str, stop: str) -> tuple[int | None, int | None]:
     "Read a stretch of time"
     from tradebook.base.clock import parse_utc
 
-    return (parse_utc(start) if start else None, parse_utc(stop) if stop else None)
+    found = []
+    for option, text in (("--from", start), ("--to", stop)):
+        try:
+            found.append(parse_utc(text) if text else None)
+        except DataError as error:
+            raise SettingsError(f"{option}: {error}") from None
+    if None not in found and found[0] >= found[1]:
+        raise SettingsError(f"--from must lie before --to, was {start} and {stop}")
+    return found[0], found[1]
 
 
 def chosen_market(settings, venue: str, symbol: str) -> tuple[str, str]:
