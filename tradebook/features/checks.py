@@ -21,7 +21,7 @@ from .futures import probe_future
 from .leader import KIND_BESIDE, UNKNOWN, log_units
 from .rows import FeatureRows, FeatureStream, build_features, join_rows
 from .schema import FeatureSet, feature_set
-from ..market.events import KIND_LEVEL, KIND_QUOTE, KIND_TRADE
+from ..market.events import KIND_FUNDING, KIND_LEVEL, KIND_QUOTE, KIND_TRADE
 from ..market.instruments import Instrument
 
 # %% ../../nbs/features/22_checks.ipynb #74e9b7a0
@@ -119,6 +119,7 @@ def mirror_events(
     out["size_lots"][told] = (
         2 * log_units(0.5 * centre) - out["size_lots"][told]
     )  # a leader's price
+    out["size_lots"][out["kind"] == KIND_FUNDING] *= -1  # who pays whom
     out["side"] = -out["side"]
     out["price_ticks"][priced] = np.maximum(centre - out["price_ticks"][priced], 0)
     return out

@@ -22,6 +22,7 @@ from tradebook.features.desk import (
     emit_desk,
 )
 from .flow import N_LEVELS, NO_ASK, emit_flow, flow_beat, flow_step
+from .funding import emit_funding, hear_funding
 from .leader import KIND_BESIDE, emit_leader, hear_leader, leader_beat
 from .price import MID, emit_price
 from .shape import depth_step, emit_shape, level_size, typical_size
@@ -30,6 +31,7 @@ from tradebook.features.state import (
     BEAT,
     BEAT_NS,
     FLOW,
+    FUNDING,
     HALF,
     IS_OPEN,
     IS_USABLE,
@@ -58,7 +60,14 @@ from tradebook.features.timing import (
 )
 from .volatility import emit_volatility, forget_hole, volatility_beat
 from ..market.book import BOOK_LOCKED, Book, apply_event, best, book_status, top
-from ..market.events import FLAG_LAST, KIND_CLEAR, KIND_GAP, KIND_LEVEL, KIND_TRADE
+from tradebook.market.events import (
+    FLAG_LAST,
+    KIND_CLEAR,
+    KIND_FUNDING,
+    KIND_GAP,
+    KIND_LEVEL,
+    KIND_TRADE,
+)
 
 # %% ../../nbs/features/20_kernel.ipynb #e54b042e
 ROW = np.dtype(
@@ -241,6 +250,8 @@ def emit_core(
         emit_timing(x, place[TIMING], ts, state.stamps, ring, beat, seen, rate)
     if len(state.leader.said) > 0:
         emit_leader(x, place[LEAD], place[BASIS], state.leader)
+    if place[FUNDING] >= 0:
+        emit_funding(x, place[FUNDING], state.funding, ts)
 
 
 @njit(cache=True, nogil=True, no_cfunc_wrapper=True)
@@ -346,6 +357,8 @@ def run(
             state.stamps[TRADE] = ts
         elif kind == KIND_GAP:
             on_gap(state, ts, e.size_lots, desk)
+        elif kind == KIND_FUNDING:
+            hear_funding(state.funding, ts, e.size_lots, e.sequence)
         if e.flags & FLAG_LAST and clock[IS_OPEN]:
             clock[IS_OPEN] = 0
             on_book(book, state, ts, desk)

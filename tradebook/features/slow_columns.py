@@ -6,10 +6,11 @@
 __all__ = ['FRAMES', 'RETURN_BARS', 'EMA_BARS', 'MULTIPLE_EMA_BARS', 'MACD_BARS', 'STRENGTH_BARS', 'BAND_BARS', 'BAND_WIDTH',
            'N_TREND', 'EMD_BARS', 'EMD_WAVES', 'EMD_FRAME', 'EMD_TREND_BARS', 'CROSS_BEAT_MS', 'LEAD_S', 'LEAD_1H',
            'BASIS_CHANGE_S', 'BASIS_SCORE_S', 'SLOW_FAMILIES', 'SLOW_PARAMETERS', 'LEAST_KNOWN', 'BAR_PARAMETERS',
-           'LEADER_PARAMETERS', 'SlowFeature', 'frame_columns', 'BarFeature', 'bar_columns']
+           'LEADER_PARAMETERS', 'FUNDING_TOLERANCE_S', 'CERTAIN_S', 'TOLD_PARAMETERS', 'SlowFeature', 'frame_columns',
+           'BarFeature', 'bar_columns', 'told_columns']
 
 # %% ../../nbs/features/30_slow_columns.ipynb #06e047cf
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from .columns import Feature
 from ..market.candles import parse_interval
@@ -192,3 +193,20 @@ def bar_columns(
 
 # %% ../../nbs/features/30_slow_columns.ipynb #2045b360
 LEADER_PARAMETERS = {"tolerance_ms": 5000, "formulas": 1}  # older prices of the leader are unknown
+
+# %% ../../nbs/features/30_slow_columns.ipynb #9c7ec548
+FUNDING_TOLERANCE_S, CERTAIN_S = 30_000, 120
+TOLD_PARAMETERS = {"of": "announcements", "tolerance_s": FUNDING_TOLERANCE_S,
+                   "certain_s": CERTAIN_S, "formulas": 1}  # fmt: skip
+
+
+def told_columns(
+    group: str,  # A group made of announcements: funding
+) -> tuple[Feature, ...]:  # Its columns, as rows of the own feed make them
+    "Declare the columns of a group that the own venue announces"
+    settles_s = {"funding_day_bps": 90_000.0}  # three payments, and the one that was missed
+    return tuple(
+        replace(f, window_s=0.0, is_near=True, is_bridging=True,
+                settles_s=settles_s.get(f.name, float(FUNDING_TOLERANCE_S)))
+        for f in SLOW_FAMILIES[group]
+    )  # fmt: skip

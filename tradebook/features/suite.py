@@ -18,9 +18,9 @@ from .claims import probe_holes, probe_scale, probe_warm_up
 from .edges import probe_edges
 from .findings import Found
 from .futures import probe_future
-from .leader_checks import probe_leader
+from .leader_checks import probe_leader, probe_told
 from .rows import FeatureRows, build_features
-from .schema import FeatureSet, bar_groups, feature_set, pair_groups
+from .schema import FeatureSet, bar_groups, feature_set, pair_groups, told_groups
 from ..market.events import FLAG_LAST, KIND_CLEAR
 from ..market.instruments import Instrument
 
@@ -45,6 +45,7 @@ CHECKS = {
     "edges": lambda e, of, fs, build: probe_edges(of, fs, build=build),
     "bars": lambda e, of, fs, build: probe_bars(e, of, fs, build=build),
     "leader": lambda e, of, fs, build: probe_leader(e, of, fs, build=build),
+    "funding": lambda e, of, fs, build: probe_told(e, of, fs, build=build),
 }
 
 # %% ../../nbs/features/29_suite.ipynb #ef743b9b
@@ -85,7 +86,8 @@ def run_checks(
             raise SettingsError(f"{text}; {nearest(name, CHECKS)}".rstrip("; "))
     bars = bar_groups(features)
     pairs = pair_groups(features)
-    idle = ({"bars"} if not bars else set()) | ({"leader"} if not pairs else set())
+    needs = {"bars": bars, "leader": pairs, "funding": told_groups(features)}
+    idle = {name for name, groups in needs.items() if not groups}
     idle |= {"edges"} if set(features.groups) <= {*bars, *pairs} and not features.own else set()
     chosen = {n: c for n, c in CHECKS.items() if n in only or (not only and n not in idle)}
     chosen |= {n: partial(c, n_rows=n_rows, seed=seed) for n, c in chosen.items() if n == "future"}
