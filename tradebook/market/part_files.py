@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['GROUP_ROWS', 'STAMP', 'CELLS', 'write_durably', 'stamps_path', 'group_bounds', 'stamp_starts', 'write_part',
-           'Columns', 'read_columns', 'read_part', 'read_pieces']
+           'Columns', 'read_columns', 'empty_rows', 'read_part', 'read_pieces']
 
 # %% ../../nbs/market/03_part_files.ipynb #4f48061f
+import mmap
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -42,7 +43,7 @@ def write_durably(
     os.close(folder)
 
 # %% ../../nbs/market/03_part_files.ipynb #5024399a
-GROUP_ROWS = 1 << 17  # Rows read at once, at most
+GROUP_ROWS = 1 << 18  # Rows read at once, at most
 STAMP = ("ts_event", "ts_recv", "sequence")  # Of EVENT, said once for all rows that share them
 CELLS = ("price_ticks", "size_lots", "flags", "kind", "side")  # Of EVENT, each row's own
 
@@ -76,7 +77,7 @@ def stamp_starts(
 
 # %% ../../nbs/market/03_part_files.ipynb #559b0d2d
 _DELTAS = dict.fromkeys((*STAMP, "n_rows", "stamp"), "DELTA_BINARY_PACKED")
-_SPLIT = dict.fromkeys(("size_lots", "price_ticks", "flags", "kind"), "BYTE_STREAM_SPLIT")
+_SPLIT = dict.fromkeys(("size_lots", "price_ticks", "flags"), "BYTE_STREAM_SPLIT")
 
 
 def _write_table(table, bounds, path):
@@ -196,6 +197,22 @@ def read_columns(
     with _opened(path) as (n_rows, columns_of):
         yield from in_turn(columns_of, len(n_rows))
 
+# %% ../../nbs/market/03_part_files.ipynb #fe8efff1
+_LARGE_PAGE = 1 << 21  # Bytes
+
+
+def empty_rows(
+    n: int,  # Rows
+) -> np.ndarray:  # Rows of EVENT, (n,), not filled
+    "Make room for rows, in large pages where the system has them"
+    n_pages = -(-n * EVENT.itemsize // _LARGE_PAGE)
+    if n_pages < 2 or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return np.empty(n, EVENT)
+    block = mmap.mmap(-1, n_pages * _LARGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a system built without them: the memory serves all the same
+        block.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(block, EVENT, n)
+
 # %% ../../nbs/market/03_part_files.ipynb #db7238c1
 @njit(**LEAN)
 def _weave(out, ts_event, ts_recv, sequence, n_rows, price_ticks, size_lots, flags, kind, side):
@@ -222,7 +239,7 @@ def read_part(
         n = bounds[-1]
         if out is not None and len(out) < n:
             raise DataError(f"{path} must hold at most {len(out)} rows as promised, was {n}")
-        out = np.empty(n, EVENT) if out is None else out[:n]
+        out = empty_rows(n) if out is None else out[:n]
 
         def fill(hand):
             "Weave every second group into its place"
