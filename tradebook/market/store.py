@@ -18,10 +18,16 @@ from fastcore.basics import patch
 from filelock import FileLock
 
 from ..base.errors import DataError
-from .events import EVENT, KIND_GAP, check_events
+from .events import KIND_GAP, check_events
 from .instruments import Instrument
 from .instruments import instrument as catalogue_instrument
-from .part_files import read_part, read_pieces, write_durably, write_part
+from tradebook.market.part_files import (
+    empty_rows,
+    read_part,
+    read_pieces,
+    write_durably,
+    write_part,
+)
 
 # %% ../../nbs/market/04_store.ipynb #d249a8ea
 DAY_NS = 86_400 * 1_000_000_000
@@ -244,7 +250,7 @@ def read(
     low = -(1 << 62) if start_ns is None else start_ns
     high = 1 << 62 if stop_ns is None else stop_ns
     chosen = self._chosen(venue, symbol, low, high)
-    out, filled = np.empty(sum(p.n_rows for p in chosen), EVENT), 0
+    out, filled = empty_rows(sum(p.n_rows for p in chosen)), 0
     for part in chosen:
         room = out[filled : filled + part.n_rows]
         rows = read_part(self.day(venue, symbol, part.date) / part.file, room)
