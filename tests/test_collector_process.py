@@ -167,3 +167,25 @@ def test_a_venue_that_is_not_there_is_named_with_what_was_tried(tmp_path):
     assert [row["code"] for row in lines] == ["CONNECT_FAILED", "STOPPED"]
     code, advice = exit_code(e.value)
     assert code == 7 and "tradebook venues" in advice
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "told"),
+    [
+        (("--for", "2x"), 2, "--for must be a time such as 90s, 15m, 1h or 2d, was '2x'"),
+        (("--for", "0s"), 2, "was '0s'"),
+        (("--streams", "book,trades"), 2, "was 'trades'; did you mean 'trade'?"),
+        (("--streams", ","), 2, "--streams must name at least one"),
+        (("--at", "nowhere"), 2, "--at must begin with http:// or https://, was 'nowhere'"),
+        (("--at", "http://"), 2, "was 'http://'"),
+    ],
+)
+def test_what_is_mistyped_is_refused_before_anybody_is_asked(tmp_path, words, code, told):
+    from typer.testing import CliRunner
+
+    from tradebook.ops.cli import app
+
+    more = ("--venue", "bybit", "--symbols", "BTC/USDT:USDT", "--data", str(tmp_path), "--json")
+    done = CliRunner().invoke(app, ["collect", *more, *words])
+    assert done.exit_code == code and told in done.stderr and "Next: " in done.stderr
+    assert json.loads(done.stdout)["code"] == code and not list(tmp_path.iterdir())

@@ -602,6 +602,26 @@ def test_each_file_of_a_mixed_folder_finds_its_own_reader(tmp_path):
     assert code == 3 and "--venue" in said
 
 
+@pytest.mark.parametrize("unit", ["ns", "ms", "s"])
+def test_times_in_another_unit_are_refused_and_never_stored_in_1970(tmp_path, unit):
+    "Tardis counts in microseconds, an array and raw frames in nanoseconds"
+    market, root = synthetic_market(seed=5, duration_s=5), ("--data", tmp_path / "root")
+    told = write_tardis(market.events, market.instrument, tmp_path / "csv")
+    factor = {"ns": 1000, "ms": 1 / 1000, "s": 1 / 10**6}[unit]
+    table = pd.read_csv(next(path for path in told["files"] if "book" in path))
+    for name in ("timestamp", "local_timestamp"):
+        table[name] = (table[name] * factor).astype(np.int64)
+    table.to_csv(tmp_path / "book.csv", index=False)
+    code, _, said = verb("import", tmp_path / "book.csv", *root)
+    assert code == 3 and f"'time not in microseconds': {len(table)}" in said
+    early = market.events.copy()
+    early["ts_recv"] //= {"ns": 1000, "ms": 10**6, "s": 10**9}[unit]
+    write_hftbacktest(early, market.instrument, tmp_path / "day.npz")
+    code, _, said = verb("import", tmp_path / "day.npz", "--venue", "a", "--symbol", "A/B", *root)
+    assert code == 3 and "day.npz must hold times" in said and "1970-01-" in said
+    assert not (tmp_path / "root/market").exists()
+
+
 @pytest.mark.recordings
 def test_each_recording_is_recognised_by_its_content(recordings):
     found = {}

@@ -132,7 +132,7 @@ _SIDES = {
     "book": {"bid": 1, "ask": -1, "buy": 1, "sell": -1},
     "trades": {"buy": 1, "sell": -1, "unknown": 0},
 }
-_MOST_US = np.iinfo(np.int64).max // 1000
+_LEAST_US, _MOST_US = 946_684_800 * 10**6, np.iinfo(np.int64).max // 1000  # 2000 to 2262
 
 
 def _numbers(table, lines, dataset, block, refusals):
@@ -141,7 +141,7 @@ def _numbers(table, lines, dataset, block, refusals):
     rows["line"] = lines
     for name, column in (("timestamp", "ts_event"), ("local_timestamp", "ts_recv")):
         us = pd.to_numeric(table[name], errors="coerce").to_numpy(float, na_value=np.nan)
-        is_good = (us > 0) & (us < _MOST_US) & (us == np.floor(us))
+        is_good = (us >= _LEAST_US) & (us < _MOST_US) & (us == np.floor(us))
         bad[~is_good] = name
         exact = table[name].where(is_good, 0).astype(np.int64)
         rows[column] = exact.to_numpy() * 1000
@@ -161,7 +161,8 @@ def _numbers(table, lines, dataset, block, refusals):
     for i in np.flatnonzero(bad):
         given = {name: str(table[name].iloc[i]) for name in DATASETS[dataset]}
         found = {"file": block.name, "line": int(lines[i]), "column": bad[i], **given}
-        refusals.add("value not readable", found)
+        is_unit = bad[i] in ("timestamp", "local_timestamp") and given[bad[i]].isdigit()
+        refusals.add("time not in microseconds" if is_unit else "value not readable", found)
     keep = bad == ""
     markets = (table["exchange"] + "," + table["symbol"]).to_numpy(object)
     return rows[keep], markets[keep]
