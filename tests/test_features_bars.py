@@ -357,7 +357,7 @@ def test_a_gap_event_reaches_the_bars(market):
     assert frame.marks[0, 1] == 0
 
 
-@pytest.mark.parametrize("name", ["lead_lag", "carry", "default+lead", "trend_1m+funding"])
+@pytest.mark.parametrize("name", ["lead_lag", "carry", "default+lead", "trend_1m+lead_1h"])
 def test_sets_of_several_markets_are_refused_by_name_at_the_start(home, name):
     folder, of = home
     chosen = load_settings(

@@ -252,6 +252,7 @@ def test_features_as_commands():
     assert {c["check"] for c in json.loads(done.stdout)["checks"]} == set(CHECKS) - {
         "bars",
         "leader",
+        "funding",
     }
     assert tradebook("check", "--features", "nope").returncode == 2
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KIND_BESIDE', 'BEAT_NS', 'LOG', 'WHEN', 'HOLES_SEEN', 'TOLERANCE', 'replay_leader', 'LeaderState', 'new_leader',
-           'leader_memory', 'hear_leader', 'leader_beat', 'emit_leader']
+           'leader_memory', 'forget_holes', 'hear_leader', 'leader_beat', 'emit_leader']
 
 # %% ../../nbs/features/18_leader.ipynb #33deaeb4
 from typing import NamedTuple
@@ -13,7 +13,7 @@ import numpy as np
 from numba import njit
 
 from .leads import basis_columns, gap_columns, lag_columns
-from .pairs import UNKNOWN, PairState, log_units, new_pair, pair_beat
+from .pairs import HOLES, UNKNOWN, PairState, log_units, new_pair, pair_beat
 from .schema import FeatureSet, pair_groups
 from tradebook.features.slow_columns import (
     BASIS_CHANGE_S,
@@ -89,6 +89,14 @@ def leader_memory(
     "Give all that is remembered of a second market"
     named = {**state.pair._asdict(), "said": state.said}
     return {k: v for k, v in named.items() if isinstance(v, np.ndarray) and len(v)}
+
+
+def forget_holes(
+    state: LeaderState,  # Taken over from another stream; changed in place
+) -> None:
+    "Count the holes of both feeds anew, as a stream that begins does, without seeing one"
+    state.said[HOLES_SEEN] = 0
+    state.pair.marks[HOLES : HOLES + 2] = 0
 
 # %% ../../nbs/features/18_leader.ipynb #64850f99
 @njit(cache=True, nogil=True, no_cfunc_wrapper=True)

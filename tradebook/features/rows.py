@@ -18,8 +18,14 @@ from .bars import N_ENDED
 from .beside import BarColumns
 from .desk import new_desk
 from .kernel import ROW, advance, join_formulas, run
-from .leader import KIND_BESIDE
-from .schema import FeatureSet, feature_set, need_source
+from .leader import KIND_BESIDE, forget_holes, leader_memory
+from tradebook.features.schema import (
+    FeatureSet,
+    feature_set,
+    need_source,
+    pair_groups,
+    told_groups,
+)
 from .state import new_state
 from ..market.book import BOOK_LOCKED, new_book
 from ..market.events import EVENT, message_starts
@@ -144,16 +150,24 @@ def _check(events, instrument):
 
 # %% ../../nbs/features/21_rows.ipynb #ab99c8e5
 def _go_on(features, state, beside, before):
-    "Take the bars of another stream over"
+    "Take over what another stream knows of bars, of a second market and of funding"
     mine, other = beside.memory(), before.beside.memory()
     names, theirs = features.names, before.feature_set.names
     is_same = [names[k] for k in beside.at] == [theirs[k] for k in before.beside.at]
+    groups = [(pair_groups(s), told_groups(s)) for s in (features, before.feature_set)]
+    is_same &= groups[0] == groups[1] and features.leader == before.feature_set.leader
     if not is_same or before.feature_set.beat_ms != features.beat_ms:
         text = f"bars of set {before.feature_set.name!r} cannot go on in set {features.name!r}"
-        raise DataError(f"{text}; both must hold the same candle columns and beats")
+        more = "both must hold the same candle columns, leader, funding and beats"
+        raise DataError(f"{text}; {more}")
     for name, array in mine.items():
         array[...] = other[name]
-    state.bars[...] = before.state.bars
+    state.bars[...], state.funding[...] = before.state.bars, before.state.funding
+    if groups[0][0]:
+        other = leader_memory(before.state.leader)
+        for name, array in leader_memory(state.leader).items():
+            array[...] = other[name]
+        forget_holes(state.leader)
 
 # %% ../../nbs/features/21_rows.ipynb #0baa9b81
 class FeatureStream:

@@ -12,6 +12,7 @@ import numpy as np
 
 from ..base.clock import utc_text
 from ..base.errors import DataError
+from ..features.funding import need_funding
 from ..features.schema import FeatureSet
 from ..features.two_feeds import leader_feed, leader_rows, need_leader
 from ..market.book import apply_events, is_valid, level_count, new_book, top_side
@@ -115,6 +116,9 @@ class StoreFeed:
         self.events = np.concatenate([opening, rows]) if len(opening) else rows
         self.instrument = store.instrument(venue, symbol)
         self.leader = self._hear(store, features) if features and features.leader else None
+        if features:
+            span = int(self.events["ts_recv"][0]), int(self.events["ts_recv"][-1]) + 1
+            need_funding(store, venue, symbol, features, *span)
         self.starts = message_starts(self.events)
 
     def _hear(self, store, features) -> dict:
