@@ -91,11 +91,14 @@ def verdict(
     one: dict,  # From `outlook`
     least_pays: float = 0.01,  # Fewest rows in which foresight must pay, 0 to 1
     most_accuracy: float = 0.75,  # Highest accuracy that may be needed when it pays
+    least_worth: float = 100.0,  # Fewest labels that share nothing
 ) -> tuple[str, str]:  # ok, warn or fail; and why, a sentence
     "Say whether labels can be worth training on"
     pays, needed = one["foresight_pays"], one["accuracy_needed_when_it_pays"]
     if not one["n_valid"]:
         return "fail", "no row has an outcome: the horizon is longer than the time between holes"
+    if one["n_worth"] < least_worth:
+        return "fail", f"only {one['n_worth']:,.0f} labels share nothing, {least_worth:,.0f} needed"
     if pays < least_pays:
         return (
             "fail",
@@ -169,6 +172,8 @@ def plot_accuracy(
         ("accuracy_needed", "trading every row"),
         ("accuracy_needed_when_it_pays", "trading only rows that pay"),
     ):
+        known = table[column].dropna()
+        label += " (above the plot)" if len(known) and (known > 1.5).all() else ""
         figure.add_scatter(x=table[name], y=100 * table[column], name=label)
     text = {"annotation_text": "nobody is better than this", "annotation_position": "top left"}
     figure.add_hline(y=100, line_dash="dash", line_color=INK, **text)

@@ -221,14 +221,12 @@ def entry_regimes(
 
 def run_honesty(
     e: Evidence,  # One run with its trades
-) -> tuple[Honesty | None, Trials | None]:  # The page and what was tried; None without trades
+) -> tuple[Honesty | None, Trials]:  # The page, None without trades; and what was tried
     "Qualify a run of the journal"
-    if not len(e.trades):
-        return None, None
     trades = e.trades.sort_values("ts_in")
     into, out = (trades[name].to_numpy(np.int64) for name in ("ts_in", "ts_out"))
     net, span = trades.net_bps.to_numpy(float), e.span
-    span = min(span[0], int(into[0])), max(span[1], int(out.max()))
+    span = min([span[0], *into[:1].tolist()]), max([span[1], *out.tolist()])
     own = {**e.run, "summary": {**(e.run.get("summary") or {})}}
     own["summary"]["series"] = result_series(net, out, span)
     with Journal(e.root / "journal.db") as journal:
@@ -236,6 +234,8 @@ def run_honesty(
     venue, symbol = e.instrument.venue, e.instrument.symbol
     own |= {"kind": "backtest", "venue": venue, "symbol": symbol}
     trials = find_trials([*others, own], (venue, symbol), span)
+    if not len(trades):
+        return None, trials  # it was a look, also when nothing was traded
     groups = {"regime": entry_regimes(e)[np.argsort(e.trades.ts_in.to_numpy(), kind="stable")]}
     if trades.symbol.nunique() > 1:
         groups["symbol"] = trades.symbol.to_numpy()
