@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import signal
 import threading
 from dataclasses import replace
@@ -26,15 +27,23 @@ from tradebook.training.registry import Registry, symbol_key
 N_MARKETS = 4
 
 
-@pytest.fixture
-def roots(tmp_path):
-    "Two data roots with the same four short markets"
-    made = [tmp_path / "here" / "data", tmp_path / "there" / "data"]
+@pytest.fixture(scope="module")
+def markets(tmp_path_factory):
+    "A store with four short markets"
+    store = Store(tmp_path_factory.mktemp("made") / "market")
     for seed in range(N_MARKETS):
         market = synthetic_market(seed=seed, duration_s=1_200)
         of = replace(market.instrument, symbol=f"SYN{seed}/USDT:USDT")
-        for root in made:
-            Store(root / "market").write(market.events, of, "made")
+        store.write(market.events, of, "made")
+    return store.root
+
+
+@pytest.fixture
+def roots(markets, tmp_path):
+    "Two data roots with the same markets"
+    made = [tmp_path / "here" / "data", tmp_path / "there" / "data"]
+    for root in made:
+        shutil.copytree(markets, root / "market")
     return made
 
 
