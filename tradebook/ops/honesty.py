@@ -79,7 +79,7 @@ def overfitting_figure(
     every = slice(None, None, max(1, len(found.inside) // 300))
     x, y = found.inside[every].round(3), found.outside[every].round(3)
     marker = {"size": 4, "opacity": 0.45, "color": np.where(y > 0, GOOD, BAD)}
-    figure = go.Figure(go.Scattergl(x=x, y=y, mode="markers", marker=marker, showlegend=False))
+    figure = go.Figure(go.Scatter(x=x, y=y, mode="markers", marker=marker, showlegend=False))
     ends = [float(min(x.min(), 0)), float(x.max())]
     line = {"color": GROSS, "dash": "dash", "width": 1}
     figure.add_scatter(x=ends, y=ends, mode="lines", line=line, name="kept what it showed")
