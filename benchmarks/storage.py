@@ -5,9 +5,9 @@ changed levels a message, as Bybit's orderbook.50 sends. Beside it: the same as 
 compressed npz of the same events, read by numpy and read by hftbacktest itself. What comes back is compared first.
 
 A load is measured in three ways: as columns, which our replay takes; as rows of EVENT piece by piece, which a backtest
-and a data set take; and as one array of rows. The last waits for fresh memory: 40 bytes a row, cleared by the kernel, in
-huge pages. A virtual machine that reports free pages to its host (/sys/bus/virtio: a balloon, feature bit 5) waits for
-the host, too, up to half a second in one run of a hundred. So this row varies most with what else the machine does.
+and a data set take; and as one array of rows. The last waits for fresh memory: 40 bytes a row, cleared by the kernel,
+in huge pages. A virtual machine that reports free pages to its host (a balloon with feature bit 5) waits for the host,
+too, up to half a second in one run of a hundred. So this row varies most with what else the machine does.
 "one core" counts processor time; the other rows are by the clock, with all cores for whoever uses them.
 
     python benchmarks/storage.py [--json] [--seconds 14400] [--rounds 7]
