@@ -9,6 +9,7 @@ __all__ = ['KEPT', 'sources_hash', 'forget_old', 'use_own_cache']
 import hashlib
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 # %% ../../nbs/base/08_caching.ipynb #ab419074
@@ -50,5 +51,7 @@ def use_own_cache(
                 forget_old(home)
             except OSError:  # a home that cannot be written to: compile again each time
                 return ""
+        with suppress(OSError):  # what is in use is not old
+            os.utime(mine)
         os.environ["NUMBA_CACHE_DIR"] = str(mine)
     return os.environ["NUMBA_CACHE_DIR"]
