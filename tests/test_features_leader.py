@@ -225,6 +225,10 @@ def test_days_of_a_data_set_go_on_over_midnight_and_change_with_the_leader(
     later["ts_recv"] += 10 * NS_PER_S
     later = later[message_starts(later)[1] :]
     Store(folder / "market").write(later, world[0].instrument, "made")
+    wrong = verify_dataset(folder / "market", folder / "datasets", built.id)
+    assert (
+        len(wrong) == 1 and "files of its leader synthetic SYN/USDT:USDT have changed" in wrong[0]
+    )
     again = build_dataset(folder / "market", folder / "datasets", request)
     told = [d for done in again.done.values() for d in done if d.kind == "features"]
     assert [(d.word, d.why) for d in told] == [("kept", ""), ("rebuilt", "leader changed")]

@@ -99,6 +99,15 @@ def features_list(name: SetName = "", changes: Sets = None, is_json: Json = Fals
 MOST_MINUTES = 1_440.0  # Longest piece unless one is asked for; a check builds it many times
 
 
+def _announced(events, of, where):
+    "Put announcements into a piece that is too short for three payments"
+    from tradebook.features.funding import with_announcements
+    from tradebook.market.events import KIND_FUNDING
+
+    alone = events[events["kind"] != KIND_FUNDING]
+    return with_announcements(alone), of, f"{where}, with made announcements, a payment a minute"
+
+
 def events_to_check(
     settings,  # Settings; paths.data is read
     market: tuple[str, str],  # Venue and symbol, "" each: the only, or the best choice
@@ -110,7 +119,7 @@ def events_to_check(
     "Find the piece of a market to check on"
     import numpy as np
 
-    from tradebook.features.schema import feature_set
+    from tradebook.features.schema import feature_set, told_groups
     from tradebook.features.suite import piece_of
     from tradebook.features.two_feeds import LeaderFeed, need_leader, read_beside
     from tradebook.market.events import merge_events
@@ -118,18 +127,19 @@ def events_to_check(
 
     most = minutes * 60, max(1_000_000, round(minutes * 50_000))  # seconds, events
     features = features or feature_set()
+    done = _announced if told_groups(features) else (lambda *given: given)
     if is_synthetic and features.leader:
         from tradebook.market.worlds import make_world
 
         first, second = make_world("lead_lag", 11, minutes * 60).markets
         told = LeaderFeed(second.instrument, first.instrument).take(first.events)
         both = piece_of(merge_events(second.events, told), *most)
-        return both, second.instrument, "the built-in follower, beside its leader"
+        return done(both, second.instrument, "the built-in follower, beside its leader")
     if is_synthetic:
         from tradebook.market.synthetic import synthetic_market
 
         made = synthetic_market(seed=11, duration_s=minutes * 60)
-        return piece_of(made.events, *most), made.instrument, "the built-in market"
+        return done(piece_of(made.events, *most), made.instrument, "the built-in market")
     venue, symbol = chosen_market(settings, *market)
     store = Store(settings.path("data") / "market")
     start, stop = span(*times)
@@ -143,7 +153,7 @@ def events_to_check(
         raise DataError(
             f"{venue} {symbol} has no event in that span; tradebook data list shows all"
         )
-    return piece_of(events, *most), store.instrument(venue, symbol), f"{venue} {symbol}"
+    return done(piece_of(events, *most), store.instrument(venue, symbol), f"{venue} {symbol}")
 
 # %% ../../nbs/ops/22_verbs_features.ipynb #bc597ae7
 _NEXT = (

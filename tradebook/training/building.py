@@ -24,6 +24,7 @@ import numpy as np
 import tradebook
 from ..base.clock import WallClock, utc_text
 from ..base.errors import DataError
+from ..features.funding import need_funding
 from ..features.schema import FeatureSet, need_source
 from ..features.two_feeds import need_leader
 from ..market.coverage import clip_holes, covered_share, find_holes, require_coverage
@@ -93,6 +94,7 @@ def plan_market(
         text = f"the end of the stretch must lie behind its start {utc_text(span[0])}"
         raise DataError(f"{venue} {symbol}: {text}, was {utc_text(span[1])}")
     need_leader(opened, venue, symbol, request.features, *span, request.min_coverage)
+    need_funding(opened, venue, symbol, request.features, *span)
     parts = [replace(p, holes=[]) for p in opened.parts(venue, symbol)]
     recipe = Recipe(Path(store), Path(root), venue, symbol, request.features, request.labels)
     runs = [plan_run(parts, run, request.labels, *span) for run in day_runs(parts)]

@@ -21,8 +21,9 @@ from ..features.rows import FeatureRows, join_rows
 from ..features.schema import FeatureSet, feature_set, first_difference, only
 from ..labels.weights import sample_weights
 from ..market.store import Store
-from .days import Recipe, load_slice
+from .days import Recipe, leader_inputs, load_slice
 from .label_sets import LabelSet
+from .partitions import read_partition
 
 # %% ../../nbs/training/15_datasets.ipynb #2325c376
 def read_dataset(
@@ -184,7 +185,7 @@ def _load_market(root, manifest, market, features):
     return join_rows(*rows), np.concatenate(labels)
 
 # %% ../../nbs/training/15_datasets.ipynb #ff3976ca
-def _wrong_days(root, manifest, market, features, known):
+def _wrong_days(store, root, manifest, market, features, known):
     "One sentence for each day of a market that is not as promised"
     recipe, wrong = recipe_of(root, manifest, market, features), []
     for day in market["days"]:
@@ -197,6 +198,11 @@ def _wrong_days(root, manifest, market, features, known):
             wrong.append(f"{name}: {error}")
         if known.get(day["date"], []) != [source[2] for source in day["sources"]]:
             wrong.append(f"{name}: its sources in the store have changed since it was built")
+        if made := read_partition(recipe.folder(day["date"])):
+            rests = made.inputs.get("leader", [])
+            if rests != leader_inputs(store, features, day["date"], not made.inputs["opening"]):
+                led = f"its leader {' '.join(features.leader)}"
+                wrong.append(f"{name}: files of {led} have changed since it was built")
     return wrong
 
 
@@ -215,7 +221,7 @@ def verify_dataset(
         known: dict[str, list[str]] = {}
         for part in Store(store).parts(market["venue"], market["symbol"]):
             known.setdefault(part.date, []).append(part.sha256)
-        wrong += _wrong_days(root, manifest, market, features, known)
+        wrong += _wrong_days(Store(store), root, manifest, market, features, known)
     return wrong
 
 
