@@ -105,13 +105,13 @@ class View:
             from rich.live import Live
 
             self._live = Live(console=Console(file=sys.stderr), auto_refresh=False, transient=True)
-            self._live.start()
 
     def show(self, status: dict):
         "Draw it"
         if self._live is not None:
             from rich.text import Text
 
+            self._live.start()  # with the first look: until then the terminal is somebody else's
             self._live.update(Text("\n".join(status_lines(status))), refresh=True)
 
     def close(self):

@@ -16,6 +16,7 @@ import typer
 from ..base.errors import DataError, SettingsError, VenueError, nearest
 from .answers import Answer, guarded
 from .options import Json, Root, Sets, read_settings
+from .progress import Stages
 
 # %% ../../nbs/ops/21_verbs_collect.ipynb #aa10973a
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
@@ -103,19 +104,25 @@ def collect(
     if address and not re.match("(http|https)://.", address):
         raise SettingsError(f"--at must begin with http:// or https://, was {address!r}")
     urls = urls_at(venue, address) if address else None
-    loaded = load_instruments(venue, names, urls, place)
-    view = View(False if is_json else None)
+    stages, view = Stages(False if is_json else None), View(False if is_json else None)
 
     def make():
-        return Session(
-            place, venue, loaded.instruments, wanted, address, is_raw_kept=is_raw_kept,
-            segment_s=settings.collector.segment_s, sync_s=settings.collector.sync_s,
-            queue_bytes=settings.collector.queue_mb << 20, min_free_bytes=settings.collector.min_free_mb << 20,
-        )  # fmt: skip
+        with stages.stage("make ready") as stage:
+            stage.update(0, note="after an update this compiles for up to a minute")
+            session = Session(
+                place, venue, loaded.instruments, wanted, address, is_raw_kept=is_raw_kept,
+                segment_s=settings.collector.segment_s, sync_s=settings.collector.sync_s,
+                queue_bytes=settings.collector.queue_mb << 20, min_free_bytes=settings.collector.min_free_mb << 20,
+            )  # fmt: skip
+        stages.close()
+        return session
 
     try:
+        with stages.stage("ask for instruments"):
+            loaded = load_instruments(venue, names, urls, place)
         account = collect_live(make, for_s=for_s, show=view.show, port=port)
     finally:
+        stages.close()
         view.close()
     account |= {"notes": list(loaded.notes), "data": str(place)}
     return Answer(account, account_text(account))
