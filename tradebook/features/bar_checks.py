@@ -6,6 +6,8 @@
 __all__ = ['needed_minutes', 'probe_bars']
 
 # %% ../../nbs/features/28_bar_checks.ipynb #4576c994
+import math
+
 import numpy as np
 
 from .findings import Finding, Found, bits_differ, finding_of
@@ -22,7 +24,8 @@ def needed_minutes(
     least: float = 20.0,  # What columns of the book need, minutes
 ) -> float:  # Length of a recording on which all columns can be checked, minutes
     "Say how long a piece a check of a set needs"
-    longest_s = [f.settles_s if f.window_s == 0 else f.window_s for f in features.features]
+    lengths_s = (f.settles_s if f.window_s == 0 else f.window_s for f in features.features)
+    longest_s = [length for length in lengths_s if math.isfinite(length)]
     frames = [parse_interval(SLOW_PARAMETERS[g]["frame"]) / 1e9 for g in bar_groups(features)]
     return max(least, 4 / 3 * (max(longest_s) + max(frames)) / 60) if frames else least
 
