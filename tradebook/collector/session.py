@@ -16,7 +16,7 @@ import orjson
 from fastcore.basics import patch
 
 from ..base.clock import NS_PER_S
-from ..base.errors import DataError, VenueError, nearest
+from ..base.errors import DataError, SettingsError, VenueError, nearest
 from .any_venue import CcxtFeed
 from .clocks import ReceiveClock, read_clocks
 from .escalation import Escalation
@@ -59,8 +59,8 @@ def check_streams(
     offered = [s for s in STREAM_NAMES if s in topics]
     for name in streams:
         if name not in offered:
-            words = f"streams of {venue} must be of {offered}, was {name!r}"
-            raise DataError(f"{words}; {nearest(name, offered)}")
+            words = f"--streams of {venue} must be of {', '.join(offered)}, was {name!r}"
+            raise SettingsError(f"{words}; {nearest(name, offered)}".rstrip("; "))
 
 # %% ../../nbs/collector/23_session.ipynb #cfff05db
 def is_through_ccxt(
