@@ -95,12 +95,8 @@ def collect(
     from tradebook.venue.markets import load_instruments, urls_at
 
     settings = read_settings(changes, root)
-    place, names, for_s = (
-        settings.path("data"),
-        read_names(symbols, "--symbols"),
-        read_length(length),
-    )
-    wanted = read_streams(streams)
+    place, for_s = settings.path("data"), read_length(length)
+    names, wanted = read_names(symbols, "--symbols"), read_streams(streams)
     if address and not re.match("(http|https)://.", address):
         raise SettingsError(f"--at must begin with http:// or https://, was {address!r}")
     urls = urls_at(venue, address) if address else None
